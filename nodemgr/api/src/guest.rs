@@ -1,0 +1,87 @@
+//! What the node manager and `sliver-init` say to each other over the sliver's lifetime.
+//!
+//! `sliver-init` connects to host vsock port [`CONTROL_PORT`] and sends [`FromGuest::Hello`]; the node manager answers
+//! [`FromHost::Identity`]; the guest reports [`FromGuest::Configured`], then [`FromGuest::BootScriptDone`]. When the
+//! connection breaks (the node manager restarted) the guest connects again and says hello with `configured: true` and, if the boot script has ended, its status;
+//! it is then sent [`FromHost::Welcome`] only. One JSON value a line, at most [`MAX_LINE`] bytes.
+//! Commands run over separate connections to guest port [`EXEC_PORT`]: see [`crate::exec`].
+
+use std::net::Ipv4Addr;
+
+use commonage_isolation_api::{NodeId, SliceName};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::Bytes;
+use crate::http::{File, PortGrant};
+
+/// vsock port on the host that `sliver-init` connects to.
+pub const CONTROL_PORT: u32 = 807;
+/// vsock port in the guest where commands are run.
+pub const EXEC_PORT: u32 = 808;
+/// Longest line, bytes: the files of an identity must fit.
+pub const MAX_LINE: usize = 4 << 20;
+/// The gateway every guest sees, and its MAC address.
+pub const GATEWAY: (Ipv4Addr, [u8; 6]) = (Ipv4Addr::new(169, 254, 1, 1), [0x02, 0xff, 0xff, 0xff, 0xff, 0xff]);
+
+/// Guest to host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum FromGuest {
+    /// First line of each connection.
+    Hello {
+        /// Whether an identity was applied already.
+        configured: bool,
+        /// Status of the boot script, if it has ended.
+        boot_script_exit: Option<i32>,
+    },
+    /// The identity is in force: network, keys, files, clock, entropy; commands may be run.
+    Configured,
+    /// The boot script ended (at once with 0 when there is none).
+    BootScriptDone {
+        /// Exit status; 128 + n when signal n ended it.
+        exit: i32,
+    },
+    /// The identity could not be applied.
+    Failed {
+        /// What happened.
+        message: String,
+    },
+}
+
+/// Host to guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum FromHost {
+    /// Who the guest is.
+    Identity(Box<Identity>),
+    /// The host knows it; go on.
+    Welcome,
+    /// Stop all processes, write everything to disk, power off.
+    Shutdown,
+}
+
+/// Who a sliver is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Its slice, also its host name (underscore as a hyphen).
+    pub slice: SliceName,
+    /// Its node.
+    pub node: NodeId,
+    /// The node's one address.
+    pub address: Ipv4Addr,
+    /// Name servers.
+    pub dns: Vec<Ipv4Addr>,
+    /// Its ports.
+    pub ports: PortGrant,
+    /// Who may log in: written to `/root/.ssh/authorized_keys` for the tenant's own use.
+    pub ssh_keys: Vec<String>,
+    /// `rc.vinit`.
+    pub boot_script: String,
+    /// Files to lay first.
+    pub files: Vec<File>,
+    /// Wall clock.
+    pub now: Timestamp,
+    /// 32 or more bytes from the host's random source, credited to the guest's.
+    pub entropy: Bytes,
+}

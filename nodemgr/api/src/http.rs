@@ -1,0 +1,229 @@
+//! The node manager's local API: HTTP/1.1 with JSON bodies over vsock, host port [`PORT`].
+//!
+//! The socket a call arrives on is the caller's identity. Bodies over [`MAX_BODY`] are refused with 413.
+//!
+//! | call | who may | body → answer |
+//! |---|---|---|
+//! | `POST /v1/acquire` | privilege `acquire` | [`Acquire`] → [`Acquired`] |
+//! | `POST /v1/bind` | whoever holds the rcap | [`Bind`] → [`Sliver`] |
+//! | `POST /v1/release` | whoever holds the rcap, unbound | [`Release`] → `{}` |
+//! | `GET /v1/rcaps/{rcap}` | whoever holds the rcap | → [`Acquired`] |
+//! | `GET /v1/rcaps` | anyone: what the caller acquired | → `[Acquired]` |
+//! | `POST /v1/renew` | whoever holds the rcap, with privilege `acquire` | [`Renew`] → [`Acquired`] |
+//! | `GET /v1/slivers` | anyone: slivers the caller bound, and itself | → `[Sliver]` |
+//! | `PUT /v1/slivers/{slice}/config` | who bound it | [`SliverConfig`] → [`Sliver`] |
+//! | `DELETE /v1/slivers/{slice}` | who bound it | → `{}`; machine, ports, memory, disk and rcap are gone |
+//! | `POST /v1/slivers/{slice}/exec` | who bound it | [`Exec`] → [`ExecResult`] |
+//! | `GET /v1/node` | anyone | → [`Node`] |
+
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
+
+use commonage_isolation_api::{NodeId, Rcap, Rspec, SliceName};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::Bytes;
+
+/// vsock port on the host.
+pub const PORT: u32 = 806;
+/// Largest request body, bytes.
+pub const MAX_BODY: usize = 1 << 20;
+
+/// Asks for a right to resources.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Acquire {
+    /// What is wanted.
+    pub rspec: Rspec,
+}
+
+/// A granted right.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Acquired {
+    /// The right.
+    pub rcap: Rcap,
+    /// What it is a right to.
+    pub rspec: Rspec,
+    /// The ports it names.
+    pub ports: PortGrant,
+    /// The slice it is bound to.
+    pub bound_to: Option<SliceName>,
+}
+
+/// Ports of the node's address that were granted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortGrant {
+    /// First port of the block, TCP and UDP.
+    pub first: u16,
+    /// Last port of the block, inclusive.
+    pub last: u16,
+    /// Exact TCP ports outside the block.
+    #[serde(default)]
+    pub tcp: BTreeSet<u16>,
+    /// Exact UDP ports outside the block.
+    #[serde(default)]
+    pub udp: BTreeSet<u16>,
+}
+
+/// Makes the sliver of a slice from a right.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bind {
+    /// The slice. A node has at most one sliver of each.
+    pub slice: SliceName,
+    /// The right.
+    pub rcap: Rcap,
+    /// How the sliver starts.
+    pub config: SliverConfig,
+}
+
+/// How a sliver starts and who may log in.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SliverConfig {
+    /// Name of a base the node has, like `debian` or `mini`. Fixed once bound.
+    pub base: String,
+    /// OpenSSH public keys, one a string, of those who may log in.
+    #[serde(default)]
+    pub ssh_keys: Vec<String>,
+    /// `rc.vinit`: run at each start by `/bin/sh` when it has no `#!` line.
+    #[serde(default)]
+    pub boot_script: String,
+    /// Files laid before the boot script runs.
+    #[serde(default)]
+    pub files: Vec<File>,
+}
+
+/// A file to lay in a sliver.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct File {
+    /// Absolute path in the sliver.
+    pub path: String,
+    /// Permission bits, like 0o600.
+    pub mode: u32,
+    /// Contents.
+    pub contents: Bytes,
+}
+
+/// Gives a right back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Release {
+    /// The right.
+    pub rcap: Rcap,
+}
+
+/// Moves a right's end, and optionally changes its share.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Renew {
+    /// The right.
+    pub rcap: Rcap,
+    /// Its new end.
+    pub end: Timestamp,
+    /// Its new share, thousandths.
+    pub share: Option<u32>,
+}
+
+/// How far a sliver is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum SliverState {
+    /// Bound; its interval has not begun.
+    Pending,
+    /// Its machine is booting, or its boot script runs.
+    Starting,
+    /// The boot script has ended with this status.
+    Running {
+        /// Exit status of the boot script; 0 without one, 128 + n for signal n.
+        boot_script_exit: i32,
+    },
+    /// Its machine ended and will be started again.
+    Failed {
+        /// What happened, with the last console lines.
+        reason: String,
+    },
+}
+
+/// A sliver as the node manager sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sliver {
+    /// Its slice.
+    pub slice: SliceName,
+    /// Its state.
+    pub status: SliverState,
+    /// Its right.
+    pub rcap: Rcap,
+    /// What it may use.
+    pub rspec: Rspec,
+    /// Its ports.
+    pub ports: PortGrant,
+    /// How it starts, without the contents of its files.
+    pub config: SliverConfig,
+}
+
+/// Runs a command in a sliver as root and waits, at most `timeout_s`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Exec {
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// Standard input.
+    #[serde(default)]
+    pub stdin: Bytes,
+    /// Seconds: 1 to 300; 60 when absent.
+    pub timeout_s: Option<u32>,
+}
+
+/// What a command did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecResult {
+    /// Exit status; 128 + n when signal n ended it.
+    pub exit: i32,
+    /// Standard output, at most 256 KiB.
+    pub stdout: Bytes,
+    /// Standard error, at most 256 KiB.
+    pub stderr: Bytes,
+    /// Whether output was cut.
+    pub truncated: bool,
+}
+
+/// What can be had: on the whole, or still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capacity {
+    /// Memory for guests, MiB.
+    pub memory_mib: u64,
+    /// Disk for slivers, MiB.
+    pub disk_mib: u64,
+    /// Outgoing bandwidth that may be guaranteed, bits a second.
+    pub link_bps: u64,
+    /// Ports.
+    pub ports: u32,
+    /// Processes.
+    pub pids: u64,
+}
+
+/// The node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// Its identifier.
+    pub node: NodeId,
+    /// Its one address.
+    pub address: Ipv4Addr,
+    /// The caller's slice, as the node manager knows it.
+    pub caller: String,
+    /// Version of the node's software.
+    pub version: String,
+    /// The SSH front door's host key, as an OpenSSH public key.
+    pub ssh_host_key: String,
+    /// Bases it has.
+    pub bases: Vec<String>,
+    /// What it has in all.
+    pub capacity: Capacity,
+    /// What is free now.
+    pub free: Capacity,
+    /// Unix time, so that a guest can set its clock.
+    pub now: Timestamp,
+}
