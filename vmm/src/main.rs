@@ -1,1 +1,3 @@
+//! `sliver-vmm`: one process, one sliver's virtual machine.
+
 fn main() {}

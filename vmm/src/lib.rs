@@ -1,0 +1,3 @@
+//! The machine monitor of one sliver.
+pub mod reactor;
+pub mod virtio;
