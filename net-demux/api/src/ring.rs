@@ -74,7 +74,9 @@ pub enum RingError {
         source: io::Error,
     },
     /// The memory could be shrunk under us.
-    #[error("the ring's memory is not a memfd sealed against shrinking, growing and new seals (seals: {0:#x})")]
+    #[error(
+        "the ring's memory is not a memfd sealed against shrinking, growing and new seals (seals: {0:#x})"
+    )]
     NotSealed(u32),
     /// The memory's size is not a header page and twice a permitted power of two.
     #[error("the ring's memory has {0} bytes, which no ring has")]
@@ -130,9 +132,13 @@ impl Ring {
     /// A new ring that holds `capacity` bytes each way: a power of two from 4096 to [`MAX_CAPACITY`].
     pub fn with_capacity(capacity: usize) -> io::Result<(Endpoint, RingFds)> {
         if !permitted(capacity) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a ring's capacity is a power of two, 4 KiB to 1 MiB"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "a ring's capacity is a power of two, 4 KiB to 1 MiB",
+            ));
         }
-        let memory = rustix::fs::memfd_create("commonage-ring", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        let memory =
+            rustix::fs::memfd_create("commonage-ring", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         rustix::fs::ftruncate(&memory, (HEADER + 2 * capacity) as u64)?;
         rustix::fs::fcntl_add_seals(&memory, REQUIRED_SEALS)?;
         let map = Mapping::new(memory.as_fd(), HEADER + 2 * capacity)?;
@@ -145,7 +151,17 @@ impl Ring {
         let peer = duplicate(&fds)?;
         let tx = Half::new(GUEST_TO_DEMUX, 0, 0);
         let rx = Half::new(DEMUX_TO_GUEST, 0, 0);
-        let endpoint = Endpoint { map, mask: capacity - 1, tx, rx, notify, event, peer: Some(peer), broken: false, oversized: 0 };
+        let endpoint = Endpoint {
+            map,
+            mask: capacity - 1,
+            tx,
+            rx,
+            notify,
+            event,
+            peer: Some(peer),
+            broken: false,
+            oversized: 0,
+        };
         Ok((endpoint, fds))
     }
 }
@@ -197,7 +213,8 @@ impl Endpoint {
         }
         let size = rustix::fs::fstat(&fds.memory).map_err(RingError::io("fstat of its memory"))?.st_size;
         let size = u64::try_from(size).unwrap_or(0);
-        let capacity = usize::try_from(size).ok().and_then(|size| size.checked_sub(HEADER)).map(|both| both / 2);
+        let capacity =
+            usize::try_from(size).ok().and_then(|size| size.checked_sub(HEADER)).map(|both| both / 2);
         let Some(capacity) = capacity.filter(|&c| permitted(c) && (HEADER + 2 * c) as u64 == size) else {
             return Err(RingError::BadSize(size));
         };
@@ -220,9 +237,17 @@ impl Endpoint {
                 words[header + ours].load(Ordering::Acquire),
                 words[header + theirs].load(Ordering::Acquire),
             );
-            let used = if ours == TAIL { half.ours.wrapping_sub(half.theirs) } else { half.theirs.wrapping_sub(half.ours) };
-            let aligned = (half.ours | half.theirs) % WORD as u64 == 0;
-            if used <= capacity as u64 && aligned { Ok(half) } else { Err(RingError::Corrupt("its indices contradict each other")) }
+            let used = if ours == TAIL {
+                half.ours.wrapping_sub(half.theirs)
+            } else {
+                half.theirs.wrapping_sub(half.ours)
+            };
+            let aligned = (half.ours | half.theirs).is_multiple_of(WORD as u64);
+            if used <= capacity as u64 && aligned {
+                Ok(half)
+            } else {
+                Err(RingError::Corrupt("its indices contradict each other"))
+            }
         };
         let rx = half(GUEST_TO_DEMUX, HEAD, TAIL)?;
         let tx = half(DEMUX_TO_GUEST, TAIL, HEAD)?;
@@ -246,7 +271,10 @@ impl Endpoint {
     /// Duplicates of net-demux's descriptors, to hand out again. Only the machine's side has them.
     pub fn fds(&self) -> io::Result<RingFds> {
         let peer = self.peer.as_ref().ok_or_else(|| {
-            io::Error::new(io::ErrorKind::Unsupported, "only the machine's side of a ring can hand out its descriptors")
+            io::Error::new(
+                io::ErrorKind::Unsupported,
+                "only the machine's side of a ring can hand out its descriptors",
+            )
         })?;
         duplicate(peer)
     }
@@ -351,7 +379,7 @@ impl Endpoint {
         // Release: the bytes are read before the index that lets the peer overwrite them.
         self.header(self.rx, HEAD).store(self.rx.ours, Ordering::Release);
         // A peer that waits for room is woken once half the queue is free, so that it then sends many. Pairs with the fence in
-        // `room_after_asking`; `available` may be out of date only in the direction of "emptier", which wakes early.
+        // `room_after_asking`; `available` leaves out what came since the tail was last read, which at worst wakes early.
         fence(Ordering::SeqCst);
         if self.available() <= self.capacity() / 2 {
             self.wake_if_wished(self.rx, WANTS_ROOM);
@@ -384,7 +412,7 @@ impl Endpoint {
 
     fn read_tail(&mut self) -> Option<()> {
         let tail = self.header(self.rx, TAIL).load(Ordering::Acquire);
-        if tail.wrapping_sub(self.rx.ours) > self.capacity() || tail % WORD as u64 != 0 {
+        if tail.wrapping_sub(self.rx.ours) > self.capacity() || !tail.is_multiple_of(WORD as u64) {
             self.broken = true;
             return None;
         }
@@ -394,7 +422,7 @@ impl Endpoint {
 
     fn read_head(&mut self) -> bool {
         let head = self.header(self.tx, HEAD).load(Ordering::Acquire);
-        if self.tx.ours.wrapping_sub(head) > self.capacity() || head % WORD as u64 != 0 {
+        if self.tx.ours.wrapping_sub(head) > self.capacity() || !head.is_multiple_of(WORD as u64) {
             self.broken = true;
             return false;
         }
