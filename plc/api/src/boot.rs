@@ -154,10 +154,14 @@ pub enum VerifyError {
     #[error("the {0} key on this CD is damaged; write a new CD for this node")]
     Key(&'static str),
     /// The script's signature is wrong.
-    #[error("the boot script is not signed by the offline key on this CD; publish a script signed with that key, or write a new CD")]
+    #[error(
+        "the boot script is not signed by the offline key on this CD; publish a script signed with that key, or write a new CD"
+    )]
     ScriptSignature,
     /// The grant's signature is wrong.
-    #[error("the boot grant is not signed by PLC's online key on this CD; if PLC's key was replaced, write a new CD for this node")]
+    #[error(
+        "the boot grant is not signed by PLC's online key on this CD; if PLC's key was replaced, write a new CD for this node"
+    )]
     GrantSignature,
     /// Signed, but not what this version understands.
     #[error("the signed {what} cannot be read ({why}); the CD may be older than the script: write a new CD")]
