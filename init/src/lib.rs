@@ -3,7 +3,21 @@
 //! Each module is a pure part (parsing, protocol machines, plans: values and time passed in) and a thin shell around
 //! the kernel's interface. Nothing here starts a thread or keeps global state; every call is synchronous.
 
+pub mod clock;
+pub mod console;
+pub mod cpio;
+#[path = "dhcp/dhcp.rs"]
+pub mod dhcp;
 pub mod error;
+pub mod kexec;
+pub mod modules;
+pub mod mounts;
 pub mod netlink;
+pub mod poll;
+pub mod power;
+pub mod signals;
+pub mod supervisor;
+pub mod tap;
+pub mod uevent;
 
 pub use error::{Error, Result};

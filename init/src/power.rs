@@ -1,0 +1,41 @@
+//! The end: restart, power off, halt; and ctrl-alt-del as a signal instead of an immediate restart.
+
+use rustix::system::{RebootCommand, reboot};
+
+use crate::error::{Context as _, Result};
+
+/// How a machine ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Starts again.
+    Restart,
+    /// Switches itself off.
+    PowerOff,
+    /// Stops, and stays on.
+    Halt,
+    /// Starts the kernel that was loaded ([`crate::kexec`]).
+    Kexec,
+}
+
+/// Writes all file systems' caches and ends. Returns only when the kernel refuses.
+///
+/// # Errors
+/// The kernel's reason.
+pub fn end(how: End) -> Result<()> {
+    rustix::fs::sync();
+    let command = match how {
+        End::Restart => RebootCommand::Restart,
+        End::PowerOff => RebootCommand::PowerOff,
+        End::Halt => RebootCommand::Halt,
+        End::Kexec => RebootCommand::Kexec,
+    };
+    reboot(command).what(|| format!("end with {how:?}"))
+}
+
+/// From now on ctrl-alt-del sends SIGINT to PID 1.
+///
+/// # Errors
+/// When this is not PID 1.
+pub fn ctrl_alt_del_is_a_signal() -> Result<()> {
+    reboot(RebootCommand::CadOff).what(|| "take over ctrl-alt-del".into())
+}
