@@ -1,3 +1,18 @@
-//! The machine monitor of one sliver.
+//! The machine monitor of one sliver: [`machine::Machine`] puts together what a [`MachineConfig`](commonage_vmm_api::MachineConfig)
+//! describes and runs it until it ends. `docs/architecture.md` walks through it; `layout` says what the guest finds where.
+//!
+//! Two kinds of threads: one per virtual processor ([`vcpu`]), which runs the guest and serves its register accesses, and the main
+//! thread, which runs the event loop ([`reactor`]) and with it every device's back end and the control socket.
+
+pub mod boot;
+pub mod control;
+pub mod devices;
+pub mod event;
+pub mod jail;
+pub mod layout;
+pub mod machine;
+pub mod mapping;
 pub mod reactor;
+pub mod vcpu;
 pub mod virtio;
+pub mod vm;

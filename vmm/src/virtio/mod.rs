@@ -23,7 +23,13 @@
 //!   be removed in `reset` (dropping the descriptor does it if it has no duplicates).
 #![forbid(unsafe_code)]
 
+pub mod blk;
 pub mod mmio;
+pub mod net;
+pub mod pmem;
+pub mod rng;
+pub mod segments;
+pub mod vsock;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
