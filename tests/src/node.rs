@@ -1,5 +1,7 @@
 //! A node: a QEMU machine that boots its CD.
 
+use std::io::Write as _;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -44,8 +46,11 @@ pub struct Node {
     pub console: Console,
     process: Process,
     qmp: PathBuf,
+    faults: PathBuf,
 }
 
+/// What a release's kernel command line says so that node-init takes orders to break things on the second serial port.
+pub const FAULTS: &str = "commonage.faults=/dev/ttyS1";
 /// How long a phase of a boot may take before the test gives up. Emulated machines on a busy host are slow.
 const PATIENCE: Duration = Duration::from_secs(240);
 /// What boot-cd, node-init or a kernel says when a boot went wrong.
@@ -72,6 +77,8 @@ impl Node {
         pair("-m", &machine.memory_mib.to_string());
         pair("-display", "none");
         pair("-serial", "stdio");
+        let faults = dir.join(format!("{}.faults", machine.name));
+        pair("-serial", &format!("unix:{},server=on,wait=off", faults.display()));
         pair("-qmp", &format!("unix:{},server=on,wait=off", qmp.display()));
         pair("-netdev", &format!("stream,id=net,server=off,addr.type=unix,addr.path={}", machine.net.display()));
         pair("-device", &format!("virtio-net-pci,netdev=net,romfile=,mac=52:54:00:c0:00:{:02x}", machine.number));
@@ -91,7 +98,7 @@ impl Node {
         let mut process = Process::start(Path::new("qemu-system-x86_64"), &args, &log, true)?;
         let output = process.stdout().context("QEMU's output is gone")?;
         let console = Console::follow(output, &dir.join(format!("{}.console", machine.name)))?;
-        Ok(Self { name: machine.name.to_owned(), console, process, qmp })
+        Ok(Self { name: machine.name.to_owned(), console, process, qmp, faults })
     }
 
     /// Waits for a line on the console after `from`.
@@ -116,6 +123,19 @@ impl Node {
     /// The machine has ended.
     pub fn reset(&self) -> Result<()> {
         Qmp::connect(&self.qmp)?.execute("system_reset", serde_json::json!({})).map(drop)
+    }
+
+    /// Kills a service of the node (`nodemgr` or `net-demux`) with SIGKILL, through the node's second serial port, and waits until it is running again.
+    /// The release must have been signed with [`FAULTS`] on its command line.
+    ///
+    /// # Errors
+    /// The node does not say that it did.
+    pub fn kill(&self, service: &str) -> Result<()> {
+        let mark = self.console.mark();
+        let mut port = UnixStream::connect(&self.faults).context("the node's second serial port")?;
+        port.write_all(format!("kill {service}\n").as_bytes())?;
+        self.wait(mark, &format!("node-init: killed {service}"))?;
+        self.wait(mark, &format!("node-init: started {service}")).map(drop)
     }
 
     /// Fails when the machine no longer runs.

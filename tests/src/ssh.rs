@@ -67,6 +67,11 @@ impl Ssh {
         line
     }
 
+    /// The port on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// Where a test may keep what a terminal showed.
     pub fn terminal_log(&self) -> PathBuf {
         self.known_hosts.with_extension("terminal")

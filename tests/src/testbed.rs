@@ -11,7 +11,7 @@ use commonage_plc_api::rest::{Node as NodeInfo, Slice, SliceSliver};
 use crate::cli::Cli;
 use crate::console::Mark;
 use crate::gateway::Gateway;
-use crate::node::{Firmware, Machine, Node};
+use crate::node::{FAULTS, Firmware, Machine, Node};
 use crate::plc::Plc;
 use crate::progress::Steps;
 use crate::ssh::{Key, Ssh};
@@ -25,11 +25,13 @@ pub struct Options {
     pub firmware: Firmware,
     /// Memory of each node, MiB.
     pub memory_mib: u32,
+    /// Whether nodes take orders to break things: see [`Node::kill`].
+    pub faults: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { nodes: 1, firmware: Firmware::Bios, memory_mib: 2048 }
+        Self { nodes: 1, firmware: Firmware::Bios, memory_mib: 2048, faults: false }
     }
 }
 
@@ -110,7 +112,7 @@ impl Testbed {
         steps.run("sign and publish the release", || {
             let (offline, release) = (text(&path.join("offline.pem")), text(&path.join("release.json")));
             admin.run(&["offline-key", "create", "--out", &offline])?;
-            publish(&admin, &images, &offline, &release)
+            publish(&admin, &images, &offline, &release, options.faults)
         })?;
         let gateway = steps.run("network", || Gateway::start(path, options.nodes))?;
         let nodes = Vec::new();
@@ -296,11 +298,13 @@ pub const BOOT_PHASES: [(&str, &str); 4] = [
 ///
 /// # Errors
 /// The command's own.
-pub fn publish(admin: &Cli, images: &Images, offline: &str, release: &str) -> Result<()> {
+pub fn publish(admin: &Cli, images: &Images, offline: &str, release: &str, faults: bool) -> Result<()> {
     let files: Vec<String> = images.node_files.iter().map(|(name, path)| format!("{name}={}", path.display())).collect();
     let files: Vec<&str> = files.iter().flat_map(|file| ["--file", file]).collect();
     let sign = ["release", "sign", "--offline-key", offline, "--name", "demo", "--out", release];
-    admin.run(&[&sign[..], &files].concat())?;
+    let cmdline = format!("console=tty0 console=ttyS0 quiet panic=10 {FAULTS}");
+    let cmdline = if faults { vec!["--cmdline", &cmdline] } else { Vec::new() };
+    admin.run(&[&sign[..], &cmdline, &files].concat())?;
     admin.run(&[&["release", "publish", release][..], &files].concat()).map(drop)
 }
 

@@ -28,6 +28,9 @@ pub enum Command {
         /// A file of the node image, by its name there; `vmlinuz` and `initramfs` must be among them.
         #[arg(long = "file", value_name = "NAME=PATH", required = true, value_parser = named_path)]
         files: Vec<(String, PathBuf)>,
+        /// The node's kernel command line.
+        #[arg(long, default_value = CMDLINE)]
+        cmdline: String,
         /// Where to write the signed release.
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
@@ -54,10 +57,10 @@ const CMDLINE: &str = "console=tty0 console=ttyS0 quiet panic=10";
 /// Does it.
 pub async fn run(command: Command, profile: &Profile, output: &Output) -> Result<()> {
     match command {
-        Command::Sign { offline_key, name, files, out } => {
+        Command::Sign { offline_key, name, files, cmdline, out } => {
             let key = offline_key::read(&offline_key)?;
             let files = files.into_iter().map(|(name, path)| Ok((name, measure(&path)?))).collect::<Result<_>>()?;
-            let script = serde_json::to_vec(&script(name, files)?)?;
+            let script = serde_json::to_vec(&script(name, files, cmdline)?)?;
             let signature = sign_script(&key, &script);
             let offline_key = Bytes(key.verifying_key().to_bytes().to_vec());
             let release = PublishScript { script: Bytes(script), signature, offline_key };
@@ -90,7 +93,7 @@ pub async fn run(command: Command, profile: &Profile, output: &Output) -> Result
     }
 }
 
-fn script(release: String, files: BTreeMap<String, ImageFile>) -> Result<Script> {
+fn script(release: String, files: BTreeMap<String, ImageFile>, cmdline: String) -> Result<Script> {
     for needed in ["vmlinuz", "initramfs"] {
         if !files.contains_key(needed) {
             bail!("a release needs --file {needed}=PATH");
@@ -100,7 +103,7 @@ fn script(release: String, files: BTreeMap<String, ImageFile>) -> Result<Script>
     let steps = vec![
         Step::Partition { min_mib: MIN_DISK_MIB, image_mib: (2 * mib + IMAGE_SLACK_MIB).next_power_of_two() },
         Step::Install { files },
-        Step::Kexec { kernel: "vmlinuz".into(), initramfs: "initramfs".into(), cmdline: CMDLINE.into() },
+        Step::Kexec { kernel: "vmlinuz".into(), initramfs: "initramfs".into(), cmdline },
     ];
     Ok(Script { release, steps })
 }
