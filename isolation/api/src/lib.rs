@@ -6,7 +6,9 @@
 #![forbid(unsafe_code)]
 
 mod names;
+mod ports;
 mod rspec;
 
 pub use names::{NameError, NodeId, Rcap, SiteName, SliceName};
+pub use ports::{PortGrant, Protocol};
 pub use rspec::{Interval, Limits, Link, Ports, Privilege, Rspec, RspecError};

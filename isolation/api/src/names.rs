@@ -12,7 +12,9 @@ pub enum NameError {
     #[error("{0:?} is no site name: 1 to 16 lower-case letters or digits, a letter first")]
     Site(String),
     /// Not the form of a slice's name.
-    #[error("{0:?} is no slice name: a site name, an underscore and 1 to 15 lower-case letters, digits or hyphens")]
+    #[error(
+        "{0:?} is no slice name: a site name, an underscore and 1 to 15 lower-case letters, digits or hyphens"
+    )]
     Slice(String),
     /// Not 32 hexadecimal digits.
     #[error("an rcap is 32 hexadecimal digits (128 bits)")]

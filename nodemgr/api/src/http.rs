@@ -16,9 +16,9 @@
 //! | `POST /v1/slivers/{slice}/exec` | who bound it | [`Exec`] → [`ExecResult`] |
 //! | `GET /v1/node` | anyone | → [`Node`] |
 
-use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
+pub use commonage_isolation_api::PortGrant;
 use commonage_isolation_api::{NodeId, Rcap, Rspec, SliceName};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -49,21 +49,6 @@ pub struct Acquired {
     pub ports: PortGrant,
     /// The slice it is bound to.
     pub bound_to: Option<SliceName>,
-}
-
-/// Ports of the node's address that were granted.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PortGrant {
-    /// First port of the block, TCP and UDP.
-    pub first: u16,
-    /// Last port of the block, inclusive.
-    pub last: u16,
-    /// Exact TCP ports outside the block.
-    #[serde(default)]
-    pub tcp: BTreeSet<u16>,
-    /// Exact UDP ports outside the block.
-    #[serde(default)]
-    pub udp: BTreeSet<u16>,
 }
 
 /// Makes the sliver of a slice from a right.
