@@ -9,6 +9,7 @@ pub mod cpio;
 #[path = "dhcp/dhcp.rs"]
 pub mod dhcp;
 pub mod error;
+pub mod interface;
 pub mod kexec;
 pub mod modules;
 pub mod mounts;

@@ -189,12 +189,12 @@ impl Modules {
         Ok(Self { directory, index, tried: BTreeSet::new() })
     }
 
-    /// Loads a module by name, with what it needs. One that the kernel has built in is a success.
+    /// Loads a module by name (or all of an alias), with what it needs. One that the kernel has built in is a success.
     ///
     /// # Errors
     /// When it is not there or the kernel refuses it.
     pub fn load(&mut self, name: &str) -> Result<()> {
-        if !self.index.knows(name) {
+        if !self.index.knows(name) && self.index.load_order(name).is_empty() {
             let why = format!("not in {}", self.directory.display());
             return Err(Error::Malformed { what: format!("module {name}"), why });
         }

@@ -6,6 +6,8 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr},
+    os::fd::AsFd as _,
+    time::Instant,
 };
 
 use netlink_packet_core::{
@@ -22,7 +24,10 @@ use netlink_packet_route::{
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
-use crate::error::{Context as _, Error, Result};
+use crate::{
+    error::{Context as _, Error, Result},
+    poll,
+};
 
 /// Routing table of ordinary routes.
 pub const TABLE_MAIN: u32 = 254;
@@ -45,6 +50,8 @@ pub struct Link {
     pub ethernet: bool,
     /// Whether it is up.
     pub up: bool,
+    /// Whether it is up and there is somebody at the other end (a cable with a peer, the reader of a TAP).
+    pub running: bool,
 }
 
 /// A route to add.
@@ -246,6 +253,31 @@ impl Netlink {
         unless(done, libc::ENOENT).what(|| format!("delete policy rule {priority}"))
     }
 
+    /// Waits until an interface runs: it is up and its other end is there. Says whether it does.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn wait_running(&mut self, index: u32, deadline: Instant) -> Result<bool> {
+        let listen = || -> io::Result<Socket> {
+            let mut socket = Socket::new(NETLINK_ROUTE)?;
+            // RTMGRP_LINK. Subscribed before looking, so no change is missed between.
+            socket.bind(&SocketAddr::new(0, 1))?;
+            socket.set_non_blocking(true)?;
+            Ok(socket)
+        };
+        let events = listen().what(|| "listen for changes of interfaces".into())?;
+        loop {
+            while events.recv_from_full().is_ok() {}
+            if self.links()?.iter().any(|l| l.index == index && l.running) {
+                return Ok(true);
+            }
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+            poll::wait(&[events.as_fd()], Some(deadline))?;
+        }
+    }
+
     fn set_flags(&mut self, index: u32, flags: LinkFlags) -> io::Result<()> {
         let mut message = LinkMessage::default();
         message.header.index = index;
@@ -333,6 +365,7 @@ fn link(answer: &RouteNetlinkMessage) -> Option<Link> {
         mac,
         ethernet: header.link_layer_type == LinkLayerType::Ether,
         up: header.flags.contains(LinkFlags::Up),
+        running: header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
     })
 }
 
