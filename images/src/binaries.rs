@@ -1,0 +1,77 @@
+//! The static programs of nodes, slivers and PLC, built by cargo in release mode.
+//!
+//! cargo has its own cache, so they are no artifacts of ours: images take them in by their hashes.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Command;
+
+use serde::Deserialize;
+
+use crate::Context;
+use crate::error::{Error, Result};
+use crate::progress::{Task, megabytes};
+use crate::run::Log;
+
+/// Packages whose programs go into images, or run beside them.
+const PACKAGES: &[&str] = &[
+    "commonage-boot-cd",
+    "commonage-cli",
+    "commonage-net-demux",
+    "commonage-nodemgr",
+    "commonage-plc",
+    "commonage-plc-agent",
+    "commonage-sliver-init",
+    "commonage-vmm",
+];
+
+/// Programs that must come out of that.
+const PROGRAMS: &[&str] = &[
+    "boot-cd",
+    "commonage",
+    "net-demux",
+    "node-init",
+    "nodemgr",
+    "plc-agent",
+    "plcd",
+    "sliver-init",
+    "sliver-vmm",
+];
+
+/// A line of cargo's JSON output; of the many kinds only those with an `executable` matter.
+#[derive(Deserialize)]
+struct Message {
+    executable: Option<PathBuf>,
+    #[serde(default)]
+    fresh: bool,
+}
+
+/// Builds them; returns their paths by name.
+///
+/// # Errors
+/// When cargo fails; its last words are in the error.
+pub fn build(context: &Context) -> Result<BTreeMap<String, PathBuf>> {
+    let log = Log::create(&context.cache.root().join("logs/binaries.log"))?;
+    let task = Task::start("binaries", Some(log.path()));
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(&context.workspace).args(["build", "--release", "--bins"]);
+    cargo.arg("--message-format=json-render-diagnostics");
+    for package in PACKAGES {
+        cargo.args(["--package", package]);
+    }
+    let output = log.output("build the static binaries", &mut cargo)?;
+    let messages = || output.lines().filter_map(|line| serde_json::from_str::<Message>(line).ok());
+    let built: BTreeMap<String, PathBuf> = messages()
+        .filter_map(|m| m.executable)
+        .filter_map(|path| Some((path.file_name()?.to_string_lossy().into_owned(), path)))
+        .collect();
+    if let Some(missing) = PROGRAMS.iter().find(|p| !built.contains_key(**p)) {
+        let why = format!("no package makes {missing}; see {}", log.path().display());
+        return Err(Error::unexpected("build the static binaries", why));
+    }
+    if messages().any(|m| m.executable.is_some() && !m.fresh) {
+        let size = built.values().filter_map(|p| p.metadata().ok()).map(|m| m.len()).sum();
+        task.done(&format!("built {}, {}", built.len(), megabytes(size)));
+    }
+    Ok(built)
+}
