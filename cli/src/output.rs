@@ -19,7 +19,8 @@ impl Output {
 
     /// One value: JSON either way, indented for people.
     pub fn value(&self, value: &impl Serialize) -> Result<()> {
-        let text = if self.json { serde_json::to_string(value)? } else { serde_json::to_string_pretty(value)? };
+        let text =
+            if self.json { serde_json::to_string(value)? } else { serde_json::to_string_pretty(value)? };
         print(&text)
     }
 
@@ -29,7 +30,12 @@ impl Output {
     }
 
     /// The values for programs, a table of `rows` under `head` for people.
-    pub fn table<T: Serialize>(&self, values: &[T], head: &[&str], row: impl Fn(&T) -> Vec<String>) -> Result<()> {
+    pub fn table<T: Serialize>(
+        &self,
+        values: &[T],
+        head: &[&str],
+        row: impl Fn(&T) -> Vec<String>,
+    ) -> Result<()> {
         if self.json {
             return print(&serde_json::to_string(values)?);
         }
@@ -40,7 +46,8 @@ impl Output {
         };
         let widths: Vec<usize> = (0..head.len()).map(width).collect();
         let line = |row: &Vec<String>| {
-            let cells: Vec<String> = row.iter().zip(&widths).map(|(c, w)| format!("{c:w$}", w = *w)).collect();
+            let cells: Vec<String> =
+                row.iter().zip(&widths).map(|(c, w)| format!("{c:w$}", w = *w)).collect();
             cells.join("  ").trim_end().to_owned()
         };
         print(&rows.iter().map(line).collect::<Vec<_>>().join("\n"))

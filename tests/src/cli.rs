@@ -62,7 +62,11 @@ impl Cli {
             return Ok(Value::Null);
         }
         serde_json::from_slice(&output.stdout).with_context(|| {
-            format!("`commonage {}` did not print JSON: {}", args.join(" "), String::from_utf8_lossy(&output.stdout))
+            format!(
+                "`commonage {}` did not print JSON: {}",
+                args.join(" "),
+                String::from_utf8_lossy(&output.stdout)
+            )
         })
     }
 }

@@ -35,7 +35,8 @@ impl Console {
     /// # Errors
     /// `path` cannot be written.
     pub fn follow(output: impl Read + Send + 'static, path: &Path) -> Result<Self> {
-        let mut file = std::fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+        let mut file =
+            std::fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
         let shared = Arc::new((Mutex::new(State::default()), Condvar::new()));
         let writer = Arc::clone(&shared);
         std::thread::spawn(move || {
@@ -81,7 +82,10 @@ impl Console {
             let left = deadline.saturating_duration_since(Instant::now());
             if state.closed || left.is_zero() {
                 let what = if state.closed { "the machine ended" } else { "time is up" };
-                bail!("{what} while waiting for {wanted:?} ({time:?}); the last console lines:\n{}", tail(&state.lines, 30));
+                bail!(
+                    "{what} while waiting for {wanted:?} ({time:?}); the last console lines:\n{}",
+                    tail(&state.lines, 30)
+                );
             }
             state = self.shared.1.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -118,8 +122,16 @@ mod tests {
         let start = Mark::START;
         let time = Duration::from_secs(20);
         assert_eq!(console.wait(start, &["up"], &["failed"], time).unwrap(), "two: up");
-        assert!(console.wait(start, &["four"], &["failed"], time).unwrap_err().to_string().contains("three: failed"));
-        assert!(console.wait(start, &["four"], &[], time).unwrap_err().to_string().contains("the machine ended"));
+        assert!(
+            console
+                .wait(start, &["four"], &["failed"], time)
+                .unwrap_err()
+                .to_string()
+                .contains("three: failed")
+        );
+        assert!(
+            console.wait(start, &["four"], &[], time).unwrap_err().to_string().contains("the machine ended")
+        );
         assert_eq!(console.mark(), Mark(3));
         assert_eq!(std::fs::read_to_string(path).unwrap(), "one\ntwo: up\nthree: failed\n");
     }

@@ -41,17 +41,22 @@ pub fn run(demo: &Demo) -> Result<()> {
     let mut steps = Steps::new(false);
     let result = show(demo, &mut steps);
     if demo.json {
-        let seconds: BTreeMap<&str, f64> = steps.done().iter().map(|(name, s)| (name.as_str(), round(*s))).collect();
+        let seconds: BTreeMap<&str, f64> =
+            steps.done().iter().map(|(name, s)| (name.as_str(), round(*s))).collect();
         let order: Vec<&str> = steps.done().iter().map(|(name, _)| name.as_str()).collect();
         let error = result.as_ref().err().map(|e| format!("{e:#}"));
         let total = round(start.elapsed().as_secs_f64());
-        println!("{}", json!({"ok": result.is_ok(), "error": error, "seconds": seconds, "order": order, "total": total}));
+        println!(
+            "{}",
+            json!({"ok": result.is_ok(), "error": error, "seconds": seconds, "order": order, "total": total})
+        );
     }
     result
 }
 
 fn show(demo: &Demo, steps: &mut Steps) -> Result<()> {
-    let images = steps.run("images", || Ok(commonage_images::build(&commonage_images::Context::from_env()?)?))?;
+    let images =
+        steps.run("images", || Ok(commonage_images::build(&commonage_images::Context::from_env()?)?))?;
     let options = Options { nodes: demo.nodes, firmware: demo.firmware, ..Options::default() };
     let mut testbed = Testbed::start(&options, images, steps)?;
     let names: Vec<String> = testbed.nodes.iter().map(|n| n.name.clone()).collect();
@@ -68,7 +73,8 @@ fn show(demo: &Demo, steps: &mut Steps) -> Result<()> {
         }
     }
     steps.run("ssh uname -a", || slivers.iter().try_for_each(|(name, sliver)| check_login(name, sliver)))?;
-    steps.run("ssh terminal", || slivers.iter().take(1).try_for_each(|(_, sliver)| check_terminal(sliver)))?;
+    steps
+        .run("ssh terminal", || slivers.iter().take(1).try_for_each(|(_, sliver)| check_terminal(sliver)))?;
     let mut urls = Vec::new();
     steps.run("web servers answer from outside", || {
         for (name, sliver) in &slivers {
@@ -149,7 +155,8 @@ pub fn serve(testbed: &mut Testbed, slice: &str, sliver: &Sliver) -> Result<Stri
 
 /// Fetches a page with curl.
 pub fn fetch(url: &str) -> Result<String> {
-    let output = Command::new("curl").args(["-sS", "--fail", "--max-time", "30", url]).output().context("curl")?;
+    let output =
+        Command::new("curl").args(["-sS", "--fail", "--max-time", "30", url]).output().context("curl")?;
     if !output.status.success() {
         bail!("curl {url}: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
@@ -163,12 +170,21 @@ fn check_neighbours(slivers: &[(String, Sliver)]) -> Result<()> {
         let url = format!("http://{}:{}/", other.address, other.first_port);
         let page = first.ssh.run(&format!("busybox wget -q -O - {url}"))?;
         let host = name.replace('_', "-");
-        ensure!(page.contains(&format!("hello from {host}")), "{url}, seen from the first sliver, says {page:?}");
+        ensure!(
+            page.contains(&format!("hello from {host}")),
+            "{url}, seen from the first sliver, says {page:?}"
+        );
     }
     Ok(())
 }
 
-fn tell(testbed: &mut Testbed, slices: &[Slice], slivers: &[(String, Sliver)], urls: &[String], steps: &Steps) {
+fn tell(
+    testbed: &mut Testbed,
+    slices: &[Slice],
+    slivers: &[(String, Sliver)],
+    urls: &[String],
+    steps: &Steps,
+) {
     steps.say("\nThe testbed is up. Log in to a sliver:");
     for ((name, sliver), url) in slivers.iter().zip(urls) {
         steps.say(&format!("  {name} on {}: {}", sliver.info.hostname, sliver.ssh.shown()));

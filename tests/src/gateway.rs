@@ -24,20 +24,34 @@ impl Gateway {
     /// # Errors
     /// QEMU cannot be started, with its last words.
     pub fn start(dir: &Path, nodes: usize) -> Result<Self> {
-        let mut args: Vec<String> =
-            ["-M", "none", "-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none", "-serial", "none"]
-                .map(String::from)
-                .to_vec();
+        let mut args: Vec<String> = [
+            "-M",
+            "none",
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-monitor",
+            "none",
+            "-serial",
+            "none",
+        ]
+        .map(String::from)
+        .to_vec();
         let mut pair = |a: &str, b: String| args.extend([a.to_owned(), b]);
         pair("-qmp", format!("unix:{},server=on,wait=off", dir.join("gateway.qmp").display()));
         pair("-netdev", "user,id=up,net=10.0.2.0/24".into());
         pair("-netdev", "hubport,id=hup,hubid=0,netdev=up".into());
         for n in 0..nodes {
             let socket = Self::socket_in(dir, n);
-            pair("-netdev", format!("stream,id=n{n},server=on,addr.type=unix,addr.path={}", socket.display()));
+            pair(
+                "-netdev",
+                format!("stream,id=n{n},server=on,addr.type=unix,addr.path={}", socket.display()),
+            );
             pair("-netdev", format!("hubport,id=h{n},hubid=0,netdev=n{n}"));
         }
-        let process = Process::start(Path::new("qemu-system-x86_64"), &args, &dir.join("gateway.log"), false)?;
+        let process =
+            Process::start(Path::new("qemu-system-x86_64"), &args, &dir.join("gateway.log"), false)?;
         let mut gateway = Self { dir: dir.to_owned(), process };
         gateway.wait_until_up()?;
         Ok(gateway)

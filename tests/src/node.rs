@@ -65,7 +65,9 @@ impl Node {
         let disk = dir.join(format!("{}.disk", machine.name));
         if !disk.exists() {
             // Sparse: it holds what was written and no more.
-            std::fs::File::create(&disk)?.set_len(8 << 30).with_context(|| format!("cannot make {}", disk.display()))?;
+            std::fs::File::create(&disk)?
+                .set_len(8 << 30)
+                .with_context(|| format!("cannot make {}", disk.display()))?;
         }
         let qmp = dir.join(format!("{}.qmp", machine.name));
         let mut args: Vec<String> = Vec::new();
@@ -80,20 +82,32 @@ impl Node {
         let faults = dir.join(format!("{}.faults", machine.name));
         pair("-serial", &format!("unix:{},server=on,wait=off", faults.display()));
         pair("-qmp", &format!("unix:{},server=on,wait=off", qmp.display()));
-        pair("-netdev", &format!("stream,id=net,server=off,addr.type=unix,addr.path={}", machine.net.display()));
-        pair("-device", &format!("virtio-net-pci,netdev=net,romfile=,mac=52:54:00:c0:00:{:02x}", machine.number));
+        pair(
+            "-netdev",
+            &format!("stream,id=net,server=off,addr.type=unix,addr.path={}", machine.net.display()),
+        );
+        pair(
+            "-device",
+            &format!("virtio-net-pci,netdev=net,romfile=,mac=52:54:00:c0:00:{:02x}", machine.number),
+        );
         pair("-drive", &format!("file={},if=virtio,format=raw,discard=unmap", disk.display()));
         pair("-drive", &format!("file={},media=cdrom,format=raw,readonly=on", machine.iso.display()));
         pair("-device", "virtio-rng-pci");
         if machine.firmware == Firmware::Uefi {
             let vars = dir.join(format!("{}.vars", machine.name));
             if !vars.exists() {
-                std::fs::copy("/usr/share/OVMF/OVMF_VARS.fd", &vars).context("OVMF's variables cannot be copied")?;
+                std::fs::copy("/usr/share/OVMF/OVMF_VARS.fd", &vars)
+                    .context("OVMF's variables cannot be copied")?;
             }
             pair("-drive", "if=pflash,format=raw,unit=0,readonly=on,file=/usr/share/OVMF/OVMF_CODE.fd");
             pair("-drive", &format!("if=pflash,format=raw,unit=1,file={}", vars.display()));
         }
-        args.extend(["-nodefaults".to_owned(), "-no-user-config".to_owned(), "-boot".to_owned(), "d".to_owned()]);
+        args.extend([
+            "-nodefaults".to_owned(),
+            "-no-user-config".to_owned(),
+            "-boot".to_owned(),
+            "d".to_owned(),
+        ]);
         let log = dir.join(format!("{}.qemu.log", machine.name));
         let mut process = Process::start(Path::new("qemu-system-x86_64"), &args, &log, true)?;
         let output = process.stdout().context("QEMU's output is gone")?;

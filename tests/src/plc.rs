@@ -43,8 +43,9 @@ impl Plc {
         let output = process.stdout().context("plcd's output is gone")?;
         let mut line = String::new();
         BufReader::new(output).read_line(&mut line)?;
-        let ready: Ready = serde_json::from_str(&line)
-            .map_err(|e| anyhow::anyhow!("plcd did not get ready ({e}, {line:?}); its last lines:\n{}", process.tail(20)))?;
+        let ready: Ready = serde_json::from_str(&line).map_err(|e| {
+            anyhow::anyhow!("plcd did not get ready ({e}, {line:?}); its last lines:\n{}", process.tail(20))
+        })?;
         Ok(Self { process, port: ready.listening.port(), state })
     }
 

@@ -52,7 +52,9 @@ impl Process {
     pub fn check(&mut self) -> Result<()> {
         match self.child.try_wait()? {
             None => Ok(()),
-            Some(status) => anyhow::bail!("{} ended with {status}; its last lines:\n{}", self.name, self.tail(20)),
+            Some(status) => {
+                anyhow::bail!("{} ended with {status}; its last lines:\n{}", self.name, self.tail(20))
+            }
         }
     }
 

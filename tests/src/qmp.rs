@@ -20,7 +20,8 @@ impl Qmp {
     /// # Errors
     /// Nobody listens, or it is no QEMU.
     pub fn connect(path: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(path).with_context(|| format!("no QEMU monitor at {}", path.display()))?;
+        let stream =
+            UnixStream::connect(path).with_context(|| format!("no QEMU monitor at {}", path.display()))?;
         stream.set_read_timeout(Some(Duration::from_secs(20)))?;
         let mut qmp = Self { stream: BufReader::new(stream) };
         qmp.read()?;

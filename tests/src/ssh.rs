@@ -93,7 +93,16 @@ impl Ssh {
     pub fn command(&self, flags: &[&str]) -> Command {
         let mut command = Command::new("ssh");
         command
-            .args(["-F", "none", "-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-o", "ConnectTimeout=30"])
+            .args([
+                "-F",
+                "none",
+                "-o",
+                "BatchMode=yes",
+                "-o",
+                "IdentitiesOnly=yes",
+                "-o",
+                "ConnectTimeout=30",
+            ])
             .args(["-o", "StrictHostKeyChecking=yes", "-o", "LogLevel=ERROR"])
             .args(flags)
             .args(self.args());
@@ -132,7 +141,12 @@ impl Ssh {
         let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
         if !output.status.success() {
             let stderr = String::from_utf8_lossy(&output.stderr);
-            bail!("ssh {}@127.0.0.1:{} {line:?} ended with {}: {stderr}{stdout}", self.user, self.port, output.status);
+            bail!(
+                "ssh {}@127.0.0.1:{} {line:?} ended with {}: {stderr}{stdout}",
+                self.user,
+                self.port,
+                output.status
+            );
         }
         Ok(stdout)
     }

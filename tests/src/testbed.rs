@@ -91,7 +91,8 @@ impl Testbed {
     /// # Errors
     /// The step that failed.
     pub fn prepare(options: &Options, images: Images, steps: &mut Steps) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("commonage-").tempdir().context("no temporary directory")?;
+        let dir =
+            tempfile::Builder::new().prefix("commonage-").tempdir().context("no temporary directory")?;
         let (path, commonage) = (dir.path(), images.binary("commonage"));
         let plc = steps.run("plcd", || Plc::start(&images.binary("plcd"), path, 0))?;
         let admin = Cli::new(&commonage, &plc.admin());
@@ -101,7 +102,8 @@ impl Testbed {
             admin.run(&["site", "create", SITE])?;
             let principal = |name: &str, role: &str, out: &Path, more: &[&str]| {
                 let out = out.display().to_string();
-                let mut args = vec!["principal", "create", name, "--site", SITE, "--role", role, "--profile-out", &out];
+                let mut args =
+                    vec!["principal", "create", name, "--site", SITE, "--role", role, "--profile-out", &out];
                 args.extend(more);
                 admin.run(&args)
             };
@@ -134,7 +136,18 @@ impl Testbed {
     pub fn iso(&self, hostname: &str) -> Result<PathBuf> {
         let config = self.path().join(format!("{hostname}.json"));
         let (offline, url) = (text(&self.path().join("offline.pem.pub")), self.plc.url_for_nodes());
-        let args = ["node", "create", "--site", SITE, "--hostname", hostname, "--offline-key", &offline, "--plc", &url];
+        let args = [
+            "node",
+            "create",
+            "--site",
+            SITE,
+            "--hostname",
+            hostname,
+            "--offline-key",
+            &offline,
+            "--plc",
+            &url,
+        ];
         self.pi.run(&[&args[..], &["--config-out", &text(&config)]].concat())?;
         self.iso_of(&config)
     }
@@ -163,7 +176,9 @@ impl Testbed {
         for (phase, line) in BOOT_PHASES {
             steps.run(phase, || self.nodes.iter().try_for_each(|node| first(node, line)))?;
         }
-        steps.run("agents report", || self.nodes.iter().try_for_each(|node| self.reported(&node.name).map(drop)))
+        steps.run("agents report", || {
+            self.nodes.iter().try_for_each(|node| self.reported(&node.name).map(drop))
+        })
     }
 
     /// Switches on the next node with a CD; it is called what its CD's file is called.
@@ -190,10 +205,11 @@ impl Testbed {
     /// # Errors
     /// It has not within five minutes; with the last console lines.
     pub fn reported(&self, name: &str) -> Result<NodeInfo> {
-        let answer = self.pi.run(&["node", "show", name, "--wait", "--timeout", "240"]).with_context(|| {
-            let console = self.nodes.iter().find(|n| n.name == name).map(|n| n.console.tail(40));
-            format!("the agent of {name} has not reported\n{}", console.unwrap_or_default())
-        })?;
+        let answer =
+            self.pi.run(&["node", "show", name, "--wait", "--timeout", "240"]).with_context(|| {
+                let console = self.nodes.iter().find(|n| n.name == name).map(|n| n.console.tail(40));
+                format!("the agent of {name} has not reported\n{}", console.unwrap_or_default())
+            })?;
         Ok(serde_json::from_value(answer)?)
     }
 
@@ -208,7 +224,17 @@ impl Testbed {
         self.pi.run(&["slice", "create", &slice])?;
         self.pi.run(&["slice", "set-owners", &slice, "alice"])?;
         self.user.run(&["slice", "set-state", &slice, "--base", base, "--boot-script", &text(&script)])?;
-        self.pi.run(&["slice", "set-resources", &slice, "--share", "10", "--for", "1d", "--disk-mib", "256"])?;
+        self.pi.run(&[
+            "slice",
+            "set-resources",
+            &slice,
+            "--share",
+            "10",
+            "--for",
+            "1d",
+            "--disk-mib",
+            "256",
+        ])?;
         self.instantiate(&slice, nodes)
     }
 
@@ -220,7 +246,8 @@ impl Testbed {
         let mut args = vec!["slice", "instantiate", slice, "--wait"];
         nodes.iter().for_each(|node| args.extend(["--node", *node]));
         let answer = self.user.run(&args).with_context(|| {
-            let show = self.user.run(&["slice", "show", slice]).map_or_else(|e| e.to_string(), |v| v.to_string());
+            let show =
+                self.user.run(&["slice", "show", slice]).map_or_else(|e| e.to_string(), |v| v.to_string());
             let consoles: Vec<String> = self.nodes.iter().map(|n| n.console.tail(30)).collect();
             format!("slice {slice} was not instantiated: {show}\n{}", consoles.join("\n"))
         })?;
@@ -238,9 +265,14 @@ impl Testbed {
     /// # Errors
     /// It has no sliver there, or its node has not said where it is.
     pub fn sliver(&mut self, slice: &Slice, node: &str) -> Result<Sliver> {
-        let info = slice.slivers.iter().find(|s| s.hostname == node).with_context(|| format!("no sliver on {node}"))?;
+        let info = slice
+            .slivers
+            .iter()
+            .find(|s| s.hostname == node)
+            .with_context(|| format!("no sliver on {node}"))?;
         let address = info.address.with_context(|| format!("{node} has not said its address"))?;
-        let host_key = info.ssh_host_key.clone().with_context(|| format!("{node} has not said its SSH key"))?;
+        let host_key =
+            info.ssh_host_key.clone().with_context(|| format!("{node} has not said its SSH key"))?;
         let port = self.forward(address, 22)?;
         let ssh = Ssh::new(self.dir.path(), port, slice.name.as_str(), &self.key.private, &host_key)?;
         let first_port = info.ports.as_ref().context("no ports")?.first;
@@ -289,7 +321,7 @@ pub const START: Mark = Mark::START;
 /// What a node says on its console, in order, on its way up, and what the step is called.
 pub const BOOT_PHASES: [(&str, &str); 4] = [
     ("boot CD starts", "boot-cd: "),
-    ("boot script verified", "boot-cd: verified"),
+    ("boot script verified", "granted until"),
     ("node image installed, kexec", "node-init: "),
     ("node is up", "node-init: up"),
 ];
@@ -299,7 +331,8 @@ pub const BOOT_PHASES: [(&str, &str); 4] = [
 /// # Errors
 /// The command's own.
 pub fn publish(admin: &Cli, images: &Images, offline: &str, release: &str, faults: bool) -> Result<()> {
-    let files: Vec<String> = images.node_files.iter().map(|(name, path)| format!("{name}={}", path.display())).collect();
+    let files: Vec<String> =
+        images.node_files.iter().map(|(name, path)| format!("{name}={}", path.display())).collect();
     let files: Vec<&str> = files.iter().flat_map(|file| ["--file", file]).collect();
     let sign = ["release", "sign", "--offline-key", offline, "--name", "demo", "--out", release];
     let cmdline = format!("console=tty0 console=ttyS0 quiet panic=10 {FAULTS}");

@@ -6,13 +6,21 @@ use commonage_testbed::node::Firmware;
 #[test]
 #[ignore = "needs QEMU and images: cargo xtask test"]
 fn the_demonstration_runs_by_uefi() {
-    let demo = Demo { nodes: 1, slivers: 1, firmware: Firmware::Uefi, base: "debian".into(), once: true, json: false };
+    let demo = Demo {
+        nodes: 1,
+        slivers: 1,
+        firmware: Firmware::Uefi,
+        base: "debian".into(),
+        once: true,
+        json: false,
+    };
     run(&demo).unwrap();
 }
 
 #[test]
 #[ignore = "needs QEMU and images: cargo xtask test"]
 fn slivers_of_two_nodes_reach_each_other() {
-    let demo = Demo { nodes: 2, slivers: 2, firmware: Firmware::Bios, base: "mini".into(), once: true, json: false };
+    let demo =
+        Demo { nodes: 2, slivers: 2, firmware: Firmware::Bios, base: "mini".into(), once: true, json: false };
     run(&demo).unwrap();
 }

@@ -16,9 +16,13 @@ const BOOT_SCRIPT: &str = "mkdir -p /srv/www && echo \"hello from $(hostname)\" 
 #[test]
 #[ignore = "needs QEMU and images: cargo xtask test"]
 fn a_node_lives() {
-    let mut bed = common::testbed(&Options { faults: true, ..Options::default() });
+    let mut bed = common::testbed(&Options { faults: true, ..Options::default() }).unwrap();
     if let Err(error) = life(&mut bed) {
-        panic!("{error:?}\nthe console of node1:\n{}\nplcd:\n{}", bed.nodes[0].console.tail(60), bed.plc.tail(20));
+        panic!(
+            "{error:?}\nthe console of node1:\n{}\nplcd:\n{}",
+            bed.nodes[0].console.tail(60),
+            bed.plc.tail(20)
+        );
     }
 }
 
@@ -47,7 +51,9 @@ fn life(bed: &mut Testbed) -> Result<()> {
         bed.nodes[0].kill("nodemgr")?;
         fetch(&url)?;
         until("SSH after nodemgr was killed", || check_login("demo_one", &one))?;
-        until("API after nodemgr was killed", || upload(&two, tool).and_then(|()| call(&two, "GET", "/v1/slivers", "").map(drop)))
+        until("API after nodemgr was killed", || {
+            upload(&two, tool).and_then(|()| call(&two, "GET", "/v1/slivers", "").map(drop))
+        })
     })?;
     step("net-demux is killed", || {
         bed.nodes[0].kill("net-demux")?;
@@ -91,7 +97,9 @@ fn until(what: &str, mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
     loop {
         match attempt() {
             Ok(()) => return Ok(()),
-            Err(error) if Instant::now() > deadline => return Err(error.context(format!("{what}, within 120 s"))),
+            Err(error) if Instant::now() > deadline => {
+                return Err(error.context(format!("{what}, within 120 s")));
+            }
             Err(_) => std::thread::park_timeout(Duration::from_millis(250)),
         }
     }
@@ -99,7 +107,11 @@ fn until(what: &str, mut attempt: impl FnMut() -> Result<()>) -> Result<()> {
 
 fn upload(sliver: &Sliver, tool: &str) -> Result<()> {
     let bytes = std::fs::read(tool)?;
-    let output = sliver.ssh.output(&[], "cat > /tmp/vsock-call && chmod 755 /tmp/vsock-call && wc -c < /tmp/vsock-call", &bytes)?;
+    let output = sliver.ssh.output(
+        &[],
+        "cat > /tmp/vsock-call && chmod 755 /tmp/vsock-call && wc -c < /tmp/vsock-call",
+        &bytes,
+    )?;
     let said = String::from_utf8_lossy(&output.stdout);
     ensure!(said.trim() == bytes.len().to_string(), "uploaded {} bytes, {said:?} arrived", bytes.len());
     Ok(())
@@ -159,7 +171,11 @@ fn hostile_calls(sliver: &Sliver) -> Result<()> {
     long.resize(long.len() + length, b' ');
     refused(raw(sliver, &long)?, 413, "too-large")?;
     // A line that never ends, and no HTTP at all.
-    let output = sliver.ssh.output(&[], "head -c 300000 /dev/zero | tr '\\0' a | /tmp/vsock-call 806 | head -c 12", b"")?;
+    let output = sliver.ssh.output(
+        &[],
+        "head -c 300000 /dev/zero | tr '\\0' a | /tmp/vsock-call 806 | head -c 12",
+        b"",
+    )?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(said.is_empty() || said.starts_with("HTTP/1.1 4"), "{said:?}");
     call(sliver, "GET", "/v1/node", "").map(drop)
@@ -181,9 +197,11 @@ fn foreign_source_port(sliver: &Sliver, plc: u16) -> Result<()> {
     let foreign = sliver.ssh.output(&[], &connect(19_999), b"")?;
     ensure!(!foreign.status.success(), "a connection from source port 19999 got out");
     let (_, network) = call(sliver, "GET", "/v1/network", "")?;
-    let dropped = network["drops"].as_object().context("no drop counters")?.iter().any(|(reason, n)| {
-        reason.contains("source-port") && n.as_u64().is_some_and(|n| n > 0)
-    });
+    let dropped = network["drops"]
+        .as_object()
+        .context("no drop counters")?
+        .iter()
+        .any(|(reason, n)| reason.contains("source-port") && n.as_u64().is_some_and(|n| n > 0));
     ensure!(dropped, "the drop was not counted: {network}");
     Ok(())
 }
@@ -194,7 +212,8 @@ fn another_key(bed: &Testbed, sliver: &Sliver) -> Result<()> {
     let port = sliver.ssh.port();
     let stranger = Ssh::new(bed.path(), port, "demo_one", &key.private, host_key)?.output(&[], "id", b"")?;
     ensure!(stranger.status.code() == Some(255), "a stranger's key got {}", stranger.status);
-    let nobody = Ssh::new(bed.path(), port, "demo_nobody", &bed.key.private, host_key)?.output(&[], "id", b"")?;
+    let nobody =
+        Ssh::new(bed.path(), port, "demo_nobody", &bed.key.private, host_key)?.output(&[], "id", b"")?;
     ensure!(nobody.status.code() == Some(255), "a slice that is not there got {}", nobody.status);
     Ok(())
 }
@@ -205,7 +224,8 @@ fn bad_resources(bed: &Testbed, taken: u16) -> Result<()> {
     bed.pi.run(&["slice", "create", slice])?;
     bed.pi.run(&["slice", "set-owners", slice, "alice"])?;
     bed.pi.run(&["slice", "set-state", slice, "--base", "mini"])?;
-    let set = |more: &[&str]| bed.pi.run(&[&["slice", "set-resources", slice, "--share", "1"], more].concat());
+    let set =
+        |more: &[&str]| bed.pi.run(&[&["slice", "set-resources", slice, "--share", "1"], more].concat());
     let refused = |result: Result<Value>, words: &[&str]| match result {
         Ok(answer) => bail!("not refused: {answer}"),
         Err(error) => {
@@ -225,7 +245,10 @@ fn bad_resources(bed: &Testbed, taken: u16) -> Result<()> {
                 ensure!(status == Some(3), "{error:#}");
             }
         }
-        Ok(bed.user.run(&["slice", "show", slice])?["slivers"][0]["reason"].as_str().unwrap_or_default().to_owned())
+        Ok(bed.user.run(&["slice", "show", slice])?["slivers"][0]["reason"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned())
     };
     set(&["--for", "1d", "--memory-mib", "1000000"])?;
     let said = instantiate()?;

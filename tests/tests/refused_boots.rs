@@ -11,7 +11,7 @@ use commonage_testbed::testbed::{BOOT_PHASES, Options, START, Testbed, publish};
 #[ignore = "needs QEMU and images: cargo xtask test"]
 fn a_script_signed_by_another_key_is_refused_until_the_right_one_comes() {
     let options = Options { nodes: 1, firmware: Firmware::Bios, ..Options::default() };
-    let mut bed = Testbed::prepare(&options, common::images(), &mut Steps::new(false)).unwrap();
+    let mut bed = Testbed::prepare(&options, common::images().unwrap(), &mut Steps::new(false)).unwrap();
     let (other, release) = (bed.path().join("other.pem"), bed.path().join("other.json"));
     let (other, release) = (other.display().to_string(), release.display().to_string());
     bed.admin.run(&["offline-key", "create", "--out", &other]).unwrap();
@@ -22,8 +22,12 @@ fn a_script_signed_by_another_key_is_refused_until_the_right_one_comes() {
     assert!(said.contains("not signed by the offline key"), "{said}");
     let mark = node.console.mark();
     let right = bed.path().join("release.json").display().to_string();
-    let files: Vec<String> =
-        bed.images.node_files.iter().map(|(name, path)| format!("--file={name}={}", path.display())).collect();
+    let files: Vec<String> = bed
+        .images
+        .node_files
+        .iter()
+        .map(|(name, path)| format!("--file={name}={}", path.display()))
+        .collect();
     let files: Vec<&str> = files.iter().map(String::as_str).collect();
     bed.admin.run(&[&["release", "publish", &right][..], &files].concat()).unwrap();
     let node = bed.nodes.first().unwrap();
@@ -36,7 +40,7 @@ fn a_script_signed_by_another_key_is_refused_until_the_right_one_comes() {
 #[ignore = "needs QEMU and images: cargo xtask test"]
 fn a_boot_server_with_another_ca_and_a_node_that_plc_does_not_know_are_refused() {
     let options = Options { nodes: 2, firmware: Firmware::Bios, ..Options::default() };
-    let mut bed = Testbed::prepare(&options, common::images(), &mut Steps::new(false)).unwrap();
+    let mut bed = Testbed::prepare(&options, common::images().unwrap(), &mut Steps::new(false)).unwrap();
 
     // A second PLC answers where the CD says that PLC is.
     let elsewhere = tempfile::tempdir().unwrap();

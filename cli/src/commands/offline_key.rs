@@ -32,7 +32,8 @@ pub fn run(command: Command, output: &Output) -> Result<()> {
     write_secret(&out, &key.to_pkcs8_pem(LineEnding::LF)?)?;
     let public = public_path(&out);
     let text = serde_json::to_string(&Bytes(key.verifying_key().to_bytes().to_vec()))?;
-    std::fs::write(&public, format!("{text}\n")).with_context(|| format!("cannot write {}", public.display()))?;
+    std::fs::write(&public, format!("{text}\n"))
+        .with_context(|| format!("cannot write {}", public.display()))?;
     let said = format!("{}: keep it off line; {} goes on every CD", out.display(), public.display());
     output.told(&serde_json::json!({"private": out, "public": public}), &[said])
 }
@@ -40,8 +41,9 @@ pub fn run(command: Command, output: &Output) -> Result<()> {
 /// Reads the private half.
 pub fn read(path: &Path) -> Result<SigningKey> {
     let pem = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    SigningKey::from_pkcs8_pem(&pem)
-        .map_err(|_| anyhow::anyhow!("{} is no Ed25519 key; make one with `commonage offline-key create`", path.display()))
+    SigningKey::from_pkcs8_pem(&pem).map_err(|_| {
+        anyhow::anyhow!("{} is no Ed25519 key; make one with `commonage offline-key create`", path.display())
+    })
 }
 
 /// Reads the public half.
@@ -49,7 +51,10 @@ pub fn read_public(path: &Path) -> Result<Bytes> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let key: Option<Bytes> = serde_json::from_str(&text).ok().filter(|k: &Bytes| k.0.len() == 32);
     key.with_context(|| {
-        format!("{} is not the public half of an offline key (the .pub file of `commonage offline-key create`)", path.display())
+        format!(
+            "{} is not the public half of an offline key (the .pub file of `commonage offline-key create`)",
+            path.display()
+        )
     })
 }
 

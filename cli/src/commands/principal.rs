@@ -108,7 +108,8 @@ pub async fn run(command: Command, profile: &Profile, output: &Output) -> Result
             for key in keys {
                 its_own.add_ssh_key(&name, &key).await?;
             }
-            output.told(&issued.principal, &[format!("principal {name}: profile in {}", profile_out.display())])
+            output
+                .told(&issued.principal, &[format!("principal {name}: profile in {}", profile_out.display())])
         }
         Command::List => {
             let principals = plc.principals().await?;

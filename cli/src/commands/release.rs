@@ -59,7 +59,8 @@ pub async fn run(command: Command, profile: &Profile, output: &Output) -> Result
     match command {
         Command::Sign { offline_key, name, files, cmdline, out } => {
             let key = offline_key::read(&offline_key)?;
-            let files = files.into_iter().map(|(name, path)| Ok((name, measure(&path)?))).collect::<Result<_>>()?;
+            let files =
+                files.into_iter().map(|(name, path)| Ok((name, measure(&path)?))).collect::<Result<_>>()?;
             let script = serde_json::to_vec(&script(name, files, cmdline)?)?;
             let signature = sign_script(&key, &script);
             let offline_key = Bytes(key.verifying_key().to_bytes().to_vec());
@@ -70,19 +71,26 @@ pub async fn run(command: Command, profile: &Profile, output: &Output) -> Result
         }
         Command::Publish { release, files } => {
             let plc = profile.client()?;
-            let text = std::fs::read(&release).with_context(|| format!("cannot read {}", release.display()))?;
+            let text =
+                std::fs::read(&release).with_context(|| format!("cannot read {}", release.display()))?;
             let release: PublishScript = serde_json::from_slice(&text)
                 .with_context(|| format!("{} is no signed release", release.display()))?;
-            let script: Script = serde_json::from_slice(&release.script.0).context("the signed script is damaged")?;
+            let script: Script =
+                serde_json::from_slice(&release.script.0).context("the signed script is damaged")?;
             let files: BTreeMap<String, PathBuf> = files.into_iter().collect();
             for step in &script.steps {
                 let Step::Install { files: wanted } = step else { continue };
                 for (name, file) in wanted {
-                    let path = files.get(name).with_context(|| format!("the release needs --file {name}=PATH"))?;
+                    let path =
+                        files.get(name).with_context(|| format!("the release needs --file {name}=PATH"))?;
                     output.progress(&format!("uploading {name} ({} MiB)", file.size >> 20));
                     let put = plc.upload_boot_file(path, |_, _| ()).await?;
                     if put.sha256 != file.sha256 {
-                        bail!("{} is not the {name} that was signed: its SHA-256 is {}", path.display(), put.sha256);
+                        bail!(
+                            "{} is not the {name} that was signed: its SHA-256 is {}",
+                            path.display(),
+                            put.sha256
+                        );
                     }
                 }
             }
@@ -114,7 +122,8 @@ fn measure(path: &Path) -> Result<ImageFile> {
     let mut buffer = vec![0; 1 << 20];
     let mut size = 0;
     loop {
-        let n = std::io::Read::read(&mut file, &mut buffer).with_context(|| format!("cannot read {}", path.display()))?;
+        let n = std::io::Read::read(&mut file, &mut buffer)
+            .with_context(|| format!("cannot read {}", path.display()))?;
         if n == 0 {
             return Ok(ImageFile { sha256: hex::encode(hash.finalize()), size });
         }
@@ -126,5 +135,9 @@ fn measure(path: &Path) -> Result<ImageFile> {
 fn named_path(text: &str) -> Result<(String, PathBuf), String> {
     let (name, path) = text.split_once('=').ok_or("write NAME=PATH")?;
     let plain = !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
-    if plain && !name.starts_with('.') { Ok((name.into(), path.into())) } else { Err(format!("{name:?} is no plain file name")) }
+    if plain && !name.starts_with('.') {
+        Ok((name.into(), path.into()))
+    } else {
+        Err(format!("{name:?} is no plain file name"))
+    }
 }

@@ -116,7 +116,12 @@ pub async fn run(command: Command, profile: &Profile, output: &Output) -> Result
             let slices = plc.slices().await?;
             output.table(&slices, &["SLICE", "PHASE", "SLIVERS", "UNTIL"], |s| {
                 let until = s.resources.as_ref().map(|r| r.end.to_string()).unwrap_or_default();
-                vec![s.name.to_string(), format!("{:?}", s.phase).to_lowercase(), s.slivers.len().to_string(), until]
+                vec![
+                    s.name.to_string(),
+                    format!("{:?}", s.phase).to_lowercase(),
+                    s.slivers.len().to_string(),
+                    until,
+                ]
             })?;
             return Ok(ExitCode::SUCCESS);
         }
@@ -141,7 +146,8 @@ pub async fn run(command: Command, profile: &Profile, output: &Output) -> Result
                     .context("--for reaches beyond the end of time")?,
                 (None, None) => bail!("say --for TIME or --until UTC"),
             };
-            let (tcp, udp): (BTreeSet<u16>, BTreeSet<u16>) = (tcp.into_iter().collect(), udp.into_iter().collect());
+            let (tcp, udp): (BTreeSet<u16>, BTreeSet<u16>) =
+                (tcp.into_iter().collect(), udp.into_iter().collect());
             let some_ports = ports.is_some() || !tcp.is_empty() || !udp.is_empty();
             let ports = some_ports.then(|| Ports { block: ports.unwrap_or(64), tcp, udp });
             plc.set_resources(&name, &SetResources { share, end, memory_mib, disk_mib, ports }).await?
@@ -168,7 +174,9 @@ async fn resolve(plc: &Client, named: &[String], all: bool) -> Result<BTreeSet<N
         let mut found = nodes.iter().filter(|n| n.node.as_str() == name || &n.hostname == name);
         match (found.next(), found.next()) {
             (Some(node), None) => Ok(node.node.clone()),
-            (Some(_), Some(_)) => bail!("several nodes are called {name}; name one by its id (`commonage node list`)"),
+            (Some(_), Some(_)) => {
+                bail!("several nodes are called {name}; name one by its id (`commonage node list`)")
+            }
             (None, _) => bail!("there is no node {name}; `commonage node list` shows all"),
         }
     };
@@ -189,21 +197,24 @@ async fn settle(plc: &Client, mut slice: Slice, timeout_s: u64, output: &Output)
         if slice.settled() || left == 0 {
             return Ok(slice);
         }
-        slice = plc.slice_after(&slice.name, slice.revision, u32::try_from(left.min(30)).unwrap_or(30)).await?;
+        slice =
+            plc.slice_after(&slice.name, slice.revision, u32::try_from(left.min(30)).unwrap_or(30)).await?;
     }
 }
 
 /// Tells how the wait ended: 0 when every sliver runs and its boot script succeeded, else 3.
 fn waited(slice: &Slice, output: &Output) -> Result<ExitCode> {
     show(slice, output)?;
-    let good = |s: &SliceSliver| s.current && matches!(s.outcome, SliverOutcome::Running { boot_script_exit: 0 });
+    let good =
+        |s: &SliceSliver| s.current && matches!(s.outcome, SliverOutcome::Running { boot_script_exit: 0 });
     Ok(if slice.slivers.iter().all(good) { ExitCode::SUCCESS } else { ExitCode::from(3) })
 }
 
 fn show(slice: &Slice, output: &Output) -> Result<()> {
     let mut lines = vec![format!("slice {} is {}", slice.name, format!("{:?}", slice.phase).to_lowercase())];
     let owners: Vec<&str> = slice.owners.iter().map(PrincipalName::as_str).collect();
-    lines.push(format!("  owners: {}", if owners.is_empty() { "none".to_owned() } else { owners.join(", ") }));
+    lines
+        .push(format!("  owners: {}", if owners.is_empty() { "none".to_owned() } else { owners.join(", ") }));
     if let Some(r) = &slice.resources {
         let (share, end, memory, disk) = (r.share, r.end, r.memory_mib, r.disk_mib);
         lines.push(format!("  share {share} until {end}; each sliver: {memory} MiB memory, {disk} MiB disk"));
@@ -217,7 +228,9 @@ fn line(sliver: &SliceSliver) -> String {
         SliverOutcome::Pending => "waits for its node".to_owned(),
         SliverOutcome::Starting => "is starting".to_owned(),
         SliverOutcome::Running { boot_script_exit: 0 } => "runs".to_owned(),
-        SliverOutcome::Running { boot_script_exit } => format!("runs; its boot script ended with {boot_script_exit}"),
+        SliverOutcome::Running { boot_script_exit } => {
+            format!("runs; its boot script ended with {boot_script_exit}")
+        }
         SliverOutcome::Failed { reason } => format!("failed: {reason}"),
     };
     let ports = sliver.ports.as_ref().map(|p| format!(", ports {}-{}", p.first, p.last)).unwrap_or_default();

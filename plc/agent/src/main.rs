@@ -41,8 +41,10 @@ const MAX_BACKOFF: Duration = Duration::from_secs(60);
 async fn main() -> Result<()> {
     tracing_subscriber::fmt().with_target(false).with_ansi(false).with_writer(std::io::stderr).init();
     let path = Path::new(NODE_CONFIG);
-    let text = std::fs::read(path).with_context(|| format!("cannot read {NODE_CONFIG}, which the node manager lays"))?;
-    let config: NodeConfig = serde_json::from_slice(&text).with_context(|| format!("{NODE_CONFIG} is damaged"))?;
+    let text = std::fs::read(path)
+        .with_context(|| format!("cannot read {NODE_CONFIG}, which the node manager lays"))?;
+    let config: NodeConfig =
+        serde_json::from_slice(&text).with_context(|| format!("{NODE_CONFIG} is damaged"))?;
     let plc = Arc::new(Client::new(&config.plc, &config.ca_pem, &config.cert_pem, &config.key_pem)?);
     let (sender, desired) = watch::channel(None);
     let puller = tokio::spawn(pull(Arc::clone(&plc), sender));
@@ -97,7 +99,10 @@ async fn keep(plc: &Client, node: &NodeManager, mut desired: watch::Receiver<Opt
                 continue;
             }
         };
-        let busy = status.slivers.iter().any(|s| matches!(s.state, SliverOutcome::Pending | SliverOutcome::Starting));
+        let busy = status
+            .slivers
+            .iter()
+            .any(|s| matches!(s.state, SliverOutcome::Pending | SliverOutcome::Starting));
         let stale = sent.as_ref().is_none_or(|(old, at)| *old != status || at.elapsed() > REPORT);
         if stale {
             match plc.put_status(&status).await {

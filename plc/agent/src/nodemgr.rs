@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use commonage_isolation_api::{Rcap, Rspec, SliceName};
 use commonage_nodemgr_api::error::{ApiError, ErrorBody};
-use commonage_nodemgr_api::http::{Acquire, Acquired, Bind, Node, PORT, Release, Renew, Sliver, SliverConfig};
+use commonage_nodemgr_api::http::{
+    Acquire, Acquired, Bind, Node, PORT, Release, Renew, Sliver, SliverConfig,
+};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Bytes;
 use hyper::{Method, Request};
@@ -69,7 +71,9 @@ impl NodeManager {
 
     /// Gives a right back.
     pub async fn release(&self, rcap: Rcap) -> Result<(), CallError> {
-        self.call::<_, serde_json::Value>(Method::POST, "/v1/release", Some(&Release { rcap })).await.map(drop)
+        self.call::<_, serde_json::Value>(Method::POST, "/v1/release", Some(&Release { rcap }))
+            .await
+            .map(drop)
     }
 
     /// Moves a right's end and changes its share.
@@ -80,7 +84,9 @@ impl NodeManager {
 
     /// Changes keys and boot script.
     pub async fn configure(&self, slice: &SliceName, config: SliverConfig) -> Result<(), CallError> {
-        self.call::<_, Sliver>(Method::PUT, &format!("/v1/slivers/{slice}/config"), Some(&config)).await.map(drop)
+        self.call::<_, Sliver>(Method::PUT, &format!("/v1/slivers/{slice}/config"), Some(&config))
+            .await
+            .map(drop)
     }
 
     /// Removes a sliver.
@@ -134,8 +140,8 @@ async fn exchange<B: Serialize, A: DeserializeOwned>(
     if status.is_success() {
         serde_json::from_slice(&answer).map_err(|e| transport(&e))
     } else {
-        let body: ErrorBody =
-            serde_json::from_slice(&answer).map_err(|_| CallError::Transport(format!("HTTP status {status}")))?;
+        let body: ErrorBody = serde_json::from_slice(&answer)
+            .map_err(|_| CallError::Transport(format!("HTTP status {status}")))?;
         Err(body.error.into())
     }
 }

@@ -68,7 +68,8 @@ pub fn plan(wanted: &[DesiredSliver], there: &[Sliver], rcaps: &[Acquired], me: 
         if have.rspec.interval.end != end || have.rspec.share != share {
             actions.push(Action::Renew { slice: want.slice.clone(), rcap, end, share });
         }
-        if have.config.ssh_keys != want.config.ssh_keys || have.config.boot_script != want.config.boot_script {
+        if have.config.ssh_keys != want.config.ssh_keys || have.config.boot_script != want.config.boot_script
+        {
             actions.push(Action::Configure(want.slice.clone(), want.config.clone()));
         }
     }
@@ -77,15 +78,21 @@ pub fn plan(wanted: &[DesiredSliver], there: &[Sliver], rcaps: &[Acquired], me: 
 
 /// Whether something differs that a living sliver cannot change.
 fn fixed_part_differs(want: &DesiredSliver, have: &Sliver) -> Option<String> {
-    let advice = "delete the sliver from this node and instantiate it again to change it; its disk is lost then";
+    let advice =
+        "delete the sliver from this node and instantiate it again to change it; its disk is lost then";
     if want.config.base != have.config.base {
-        return Some(format!("the sliver has base {}, {} is wanted: {advice}", have.config.base, want.config.base));
+        return Some(format!(
+            "the sliver has base {}, {} is wanted: {advice}",
+            have.config.base, want.config.base
+        ));
     }
     let fixed = |r: &Rspec| (r.memory_mib, r.disk_mib, r.vcpus, r.ports.clone(), r.privileges.clone());
     if fixed(&want.rspec) == fixed(&have.rspec) {
         return None;
     }
-    Some(format!("memory, disk, processors, ports or privileges of the living sliver differ from what is wanted: {advice}"))
+    Some(format!(
+        "memory, disk, processors, ports or privileges of the living sliver differ from what is wanted: {advice}"
+    ))
 }
 
 #[cfg(test)]
@@ -209,7 +216,8 @@ mod tests {
     #[test]
     fn the_agent_leaves_itself_alone() {
         let mut node = Model::default();
-        let me = DesiredSliver { slice: ME.parse().unwrap(), rspec: rspec(1, 9, 64), config: config("", "agent") };
+        let me =
+            DesiredSliver { slice: ME.parse().unwrap(), rspec: rspec(1, 9, 64), config: config("", "agent") };
         node.apply(Action::Create(Box::new(me)));
         assert_eq!(plan(&[], &node.slivers, &node.rcaps, ME), []);
     }

@@ -1,15 +1,17 @@
 //! What the machine tests share.
 
+use anyhow::Result;
 use commonage_images::{Context, Images};
 use commonage_testbed::progress::Steps;
 use commonage_testbed::testbed::{Options, Testbed};
 
 /// The images, from the cache.
-pub fn images() -> Images {
-    commonage_images::build(&Context::from_env().unwrap()).unwrap()
+pub fn images() -> Result<Images> {
+    Ok(commonage_images::build(&Context::from_env()?)?)
 }
 
 /// A testbed whose nodes are up.
-pub fn testbed(options: &Options) -> Testbed {
-    Testbed::start(options, images(), &mut Steps::new(false)).unwrap()
+#[allow(dead_code, reason = "each test binary has its own copy of this module")]
+pub fn testbed(options: &Options) -> Result<Testbed> {
+    Testbed::start(options, images()?, &mut Steps::new(false))
 }
