@@ -160,3 +160,118 @@ impl Frame {
         Ok(out)
     }
 }
+
+/// Cuts a stream of bytes into frames, however it arrives. Holds at most one frame and what was pushed last.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    buffer: Vec<u8>,
+}
+
+impl Decoder {
+    /// Adds bytes as they came.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// The next whole frame, if it has arrived.
+    ///
+    /// # Errors
+    /// The peer does not speak the protocol; nothing that follows makes sense.
+    pub fn next_frame(&mut self) -> Result<Option<Frame>, FrameError> {
+        let Some((header, rest)) = self.buffer.split_first_chunk::<HEADER>() else { return Ok(None) };
+        let (kind, len) = Frame::parse_header(*header)?;
+        let Some(payload) = rest.get(..len) else { return Ok(None) };
+        let frame = Frame::parse(kind, payload.to_vec())?;
+        self.buffer.drain(..HEADER + len);
+        Ok(Some(frame))
+    }
+
+    /// Whether bytes of an incomplete frame wait.
+    pub fn is_empty(&self) -> bool {
+        self.buffer.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn size() -> impl Strategy<Value = WindowSize> {
+        (any::<u16>(), any::<u16>()).prop_map(|(cols, rows)| WindowSize { cols, rows })
+    }
+
+    fn start() -> impl Strategy<Value = Start> {
+        let command = prop_oneof![
+            Just(Command::Shell),
+            any::<String>().prop_map(Command::Line),
+            prop::collection::vec(any::<String>(), 0..4).prop_map(Command::Argv),
+        ];
+        let pty = prop::option::of((any::<String>(), size()).prop_map(|(term, size)| Pty { term, size }));
+        let env = prop::collection::vec(any::<(String, String)>(), 0..4);
+        (command, env, pty).prop_map(|(command, env, pty)| Start { command, env, pty })
+    }
+
+    fn frame() -> impl Strategy<Value = Frame> {
+        let bytes = || prop::collection::vec(any::<u8>(), 0..2000);
+        prop_oneof![
+            start().prop_map(Frame::Start),
+            bytes().prop_map(Frame::Stdin),
+            Just(Frame::StdinEof),
+            size().prop_map(Frame::Resize),
+            any::<u8>().prop_map(Frame::Signal),
+            bytes().prop_map(Frame::Stdout),
+            bytes().prop_map(Frame::Stderr),
+            any::<i32>().prop_map(Frame::Exit),
+            any::<String>().prop_map(Frame::Error),
+        ]
+    }
+
+    /// Whatever the bytes, decoding ends: with frames, with an error, or waiting for more.
+    fn drain(decoder: &mut Decoder) -> Result<Vec<Frame>, FrameError> {
+        std::iter::from_fn(|| decoder.next_frame().transpose()).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn frames_survive_the_wire_however_it_cuts_them(frames in prop::collection::vec(frame(), 0..8), cut in 1usize..700) {
+            let bytes: Vec<u8> = frames.iter().flat_map(|f| f.encode().unwrap()).collect();
+            let mut decoder = Decoder::default();
+            let mut seen = Vec::new();
+            for piece in bytes.chunks(cut) {
+                decoder.push(piece);
+                seen.extend(drain(&mut decoder).unwrap());
+            }
+            prop_assert_eq!(seen, frames);
+            prop_assert!(decoder.is_empty());
+        }
+
+        #[test]
+        fn hostile_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..4000)) {
+            let mut decoder = Decoder::default();
+            decoder.push(&bytes);
+            drop(drain(&mut decoder));
+        }
+
+        #[test]
+        fn hostile_payloads_never_panic(kind in 0u8..12, payload in prop::collection::vec(any::<u8>(), 0..40)) {
+            if let Ok(frame) = Frame::parse(kind, payload) {
+                prop_assert!(frame.encode().is_ok());
+            }
+        }
+
+        #[test]
+        fn a_length_over_the_limit_is_refused_before_its_bytes_come(kind in any::<u8>(), len in MAX_PAYLOAD as u32 + 1..) {
+            let mut decoder = Decoder::default();
+            decoder.push(&[&[kind][..], &len.to_be_bytes()].concat());
+            prop_assert_eq!(decoder.next_frame(), Err(FrameError::TooLong(len as usize)));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_sent_is_refused() {
+        assert_eq!(Frame::Stdin(vec![0; MAX_PAYLOAD + 1]).encode(), Err(FrameError::TooLong(MAX_PAYLOAD + 1)));
+        assert!(Frame::Stdin(vec![0; MAX_PAYLOAD]).encode().is_ok());
+    }
+}

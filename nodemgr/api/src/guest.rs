@@ -85,3 +85,20 @@ pub struct Identity {
     /// 32 or more bytes from the host's random source, credited to the guest's.
     pub entropy: Bytes,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both ends are updated at different times, so the lines are part of the contract.
+    #[test]
+    fn lines_are_what_they_were() {
+        let line = |v: &FromGuest| serde_json::to_string(v).unwrap();
+        let hello = FromGuest::Hello { configured: true, boot_script_exit: Some(3) };
+        assert_eq!(line(&hello), r#"{"type":"hello","configured":true,"boot_script_exit":3}"#);
+        assert_eq!(line(&FromGuest::Configured), r#"{"type":"configured"}"#);
+        assert_eq!(line(&FromGuest::BootScriptDone { exit: 0 }), r#"{"type":"boot-script-done","exit":0}"#);
+        assert_eq!(serde_json::from_str::<FromHost>(r#"{"type":"welcome"}"#).unwrap(), FromHost::Welcome);
+        assert_eq!(serde_json::from_str::<FromHost>(r#"{"type":"shutdown"}"#).unwrap(), FromHost::Shutdown);
+    }
+}
