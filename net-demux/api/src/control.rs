@@ -60,8 +60,13 @@ pub enum Request {
         /// Its number.
         sliver: SliverId,
     },
-    /// What is attached, with counters.
+    /// What is attached, with counters; as many slivers, by ascending id, as fit into one packet.
     List,
+    /// The same, of slivers with a greater id than this: how to read on. A list without slivers is the end.
+    ListAfter {
+        /// The last id already known.
+        sliver: SliverId,
+    },
 }
 
 /// What net-demux answers.
@@ -70,7 +75,7 @@ pub enum Request {
 pub enum Response {
     /// Done.
     Ok,
-    /// Answer to [`Request::List`].
+    /// Answer to [`Request::List`] and [`Request::ListAfter`].
     List {
         /// Changes with each start of net-demux.
         instance: u64,
