@@ -13,17 +13,8 @@ use crate::error::{Error, Result};
 use crate::progress::{Task, megabytes};
 use crate::run::Log;
 
-/// Packages whose programs go into images, or run beside them.
-const PACKAGES: &[&str] = &[
-    "commonage-boot-cd",
-    "commonage-cli",
-    "commonage-net-demux",
-    "commonage-nodemgr",
-    "commonage-plc",
-    "commonage-plc-agent",
-    "commonage-sliver-init",
-    "commonage-vmm",
-];
+/// Packages of the workspace whose programs run on the building machine only.
+const NOT_THESE: &[&str] = &["commonage-testbed", "xtask"];
 
 /// Programs that must come out of that.
 const PROGRAMS: &[&str] = &[
@@ -54,10 +45,10 @@ pub fn build(context: &Context) -> Result<BTreeMap<String, PathBuf>> {
     let log = Log::create(&context.cache.root().join("logs/binaries.log"))?;
     let task = Task::start("binaries", Some(log.path()));
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(&context.workspace).args(["build", "--release", "--bins"]);
+    cargo.current_dir(&context.workspace).args(["build", "--release", "--workspace", "--bins"]);
     cargo.arg("--message-format=json-render-diagnostics");
-    for package in PACKAGES {
-        cargo.args(["--package", package]);
+    for package in NOT_THESE {
+        cargo.args(["--exclude", package]);
     }
     let output = log.output("build the static binaries", &mut cargo)?;
     let messages = || output.lines().filter_map(|line| serde_json::from_str::<Message>(line).ok());

@@ -194,15 +194,24 @@ impl Cache {
         Ok(file)
     }
 
-    /// Removes a damaged entry and what builders of this key that died left. The caller holds its lock.
+    /// Removes a damaged entry of this key, whose lock the caller holds, and what builders of any key left when they were killed:
+    /// those whose lock is free.
     fn sweep(&self, name: &str) -> Result<()> {
-        let leftover = format!(".{name}.");
         for (path, file_name) in self.list()? {
-            if file_name == name || file_name.starts_with(&leftover) {
+            let temporary = file_name.strip_prefix('.').and_then(|n| n.rsplit_once('.')).map(|(key, _)| key);
+            let ours = file_name == name || temporary == Some(name);
+            if ours || temporary.is_some_and(|key| self.try_lock(key).is_some()) {
                 std::fs::remove_dir_all(&path).doing("remove", &path)?;
             }
         }
         Ok(())
+    }
+
+    /// The key's lock, if nobody has it.
+    fn try_lock(&self, name: &str) -> Option<File> {
+        let file = File::open(self.root.join("locks").join(name)).ok()?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive).ok()?;
+        Some(file)
     }
 
     /// Forgets old entries of a kind. Failing to is no failure.
@@ -223,8 +232,7 @@ impl Cache {
             if age < DAY || (age < 7 * DAY && index < MANY) {
                 continue;
             }
-            let lock = File::open(self.root.join("locks").join(&name));
-            if lock.is_ok_and(|l| flock(&l, FlockOperation::NonBlockingLockExclusive).is_ok()) {
+            if let Some(_lock) = self.try_lock(&name) {
                 let _ = std::fs::remove_dir_all(path);
             }
         }

@@ -87,12 +87,21 @@ fn failure_leaves_no_entry() {
 #[test]
 fn what_a_killed_builder_left_is_swept() {
     let (_directory, cache) = cache();
-    // A process that is killed runs no destructors: its temporary directory stays.
-    let left = cache.root().join(format!(".{}.Xy12", recipe("a").name()));
-    std::fs::create_dir_all(left.join("out")).unwrap();
-    std::fs::write(left.join("out/file"), "half").unwrap();
+    // A process that is killed runs no destructors: its temporary directory stays, and its lock is free.
+    let leave = |recipe: Recipe| {
+        let left = cache.root().join(format!(".{}.Xy12", recipe.name()));
+        std::fs::create_dir_all(left.join("out")).unwrap();
+        std::fs::write(left.join("out/file"), "half").unwrap();
+        let lock = File::create(cache.root().join("locks").join(recipe.name())).unwrap();
+        (left, lock)
+    };
+    let (same_key, _) = leave(recipe("a"));
+    let (other_key, _) = leave(recipe("b"));
+    let (living, lock) = leave(recipe("c"));
+    flock(&lock, FlockOperation::LockExclusive).unwrap();
     cache.get(&recipe("a"), |b| write(b, "whole")).unwrap();
-    assert!(!left.exists());
+    assert!(!same_key.exists() && !other_key.exists());
+    assert!(living.exists(), "another process still builds it");
 }
 
 #[test]

@@ -101,8 +101,8 @@ pub fn build(context: &Context) -> Result<Images> {
     let versions = packages::ensure(context, &[packages::BUILD])?;
     let facts = apt::facts(context)?;
     // The programs first: who has just changed one learns of a mistake before the kernel is compiled.
-    let sliver_kernel = sliver_kernel::build(context, &versions)?;
     let binaries = binaries::build(context)?;
+    let sliver_kernel = sliver_kernel::build(context, &versions)?;
     let kernel = host_kernel::build(context, &versions, &facts)?;
     let sliver_initrd = initramfs::sliver(context, &binaries)?;
     let mut node_files = bases::build(context, &versions, &facts, &binaries)?;

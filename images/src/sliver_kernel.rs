@@ -6,10 +6,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::Context;
 use crate::cache::{Build, Recipe};
 use crate::error::{Error, IoContext as _, Result};
 use crate::packages::Versions;
-use crate::{Context, progress};
 
 const FRAGMENT_NAME: &str = "images/kernel/sliver.config";
 const FRAGMENT: &str = include_str!("../kernel/sliver.config");
@@ -49,9 +49,7 @@ fn compile(build: &Build<'_>) -> Result<()> {
     }
 
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    let started = std::time::Instant::now();
     build.log.run("build the sliver kernel", make(&source).arg(format!("-j{jobs}")).arg("vmlinux"))?;
-    eprintln!("sliver-kernel: compiled in {}", progress::seconds(started.elapsed()));
     let mut strip = Command::new("strip");
     strip.arg("--strip-all").arg("-o").arg(build.out.join("vmlinux")).arg(source.join("vmlinux"));
     build.log.run("strip the sliver kernel", &mut strip)?;
