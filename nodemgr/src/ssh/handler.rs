@@ -19,6 +19,8 @@ use crate::directory::{Directory, Login};
 
 /// Most environment variables a session may set, and their most bytes in all: with the command they must fit a frame.
 const MAX_ENV: (usize, usize) = (64, 16 * 1024);
+/// Exit status of a session that is refused.
+const REFUSED: u32 = 255;
 /// Longest name of a terminal type, bytes.
 const MAX_TERM: usize = 64;
 
@@ -31,19 +33,17 @@ pub(super) struct Visitor {
     logged_in: Arc<Notify>,
     /// Whose slice, with which key, once that is proved.
     who: Option<(String, PublicKey)>,
-    sessions: HashMap<ChannelId, Channels>,
+    sessions: HashMap<ChannelId, Stage>,
     /// Ends every session of this connection when it is dropped.
     running: JoinSet<()>,
 }
 
-/// A session channel.
-enum Channels {
+/// How far a session is.
+enum Stage {
     /// Open; what the command gets is being told.
     Fresh { output: Arc<Output>, env: Vec<(String, String)>, pty: Option<Pty> },
     /// Its command was started.
     Running(UnboundedSender<(Input, Held)>),
-    /// It asked for what there is not.
-    Refused,
 }
 
 impl Visitor {
@@ -64,7 +64,7 @@ impl Visitor {
     }
 
     fn input(&mut self, channel: ChannelId, input: Input) {
-        if let Some(Channels::Running(sender)) = self.sessions.get(&channel) {
+        if let Some(Stage::Running(sender)) = self.sessions.get(&channel) {
             let held = self.gate.hold(input.weight());
             // A command that has ended takes nothing.
             let _ = sender.send((input, held));
@@ -73,24 +73,35 @@ impl Visitor {
 
     /// Starts the one command a session may run.
     fn start(&mut self, channel: ChannelId, command: Command, session: &mut Session) -> Result<(), russh::Error> {
-        let Some(Channels::Fresh { output, env, pty }) = self.sessions.get_mut(&channel) else {
+        let Some(Stage::Fresh { output, env, pty }) = self.sessions.get_mut(&channel) else {
             return session.channel_failure(channel);
         };
         let start = Start { command, env: std::mem::take(env), pty: pty.take() };
         let output = output.clone();
         // Keys that were taken away since the login count from now on; nothing that runs is ended for it.
         let Some((slice, login)) = self.who.as_ref().and_then(|(slice, key)| Some((slice, self.admit(slice, key)?))) else {
-            self.sessions.insert(channel, Channels::Refused);
-            session.extended_data(channel, STDERR, "commonage: this key is no longer one of the slice's\r\n")?;
-            return session.channel_failure(channel);
+            return self.refuse(channel, "this key is no longer one of the slice's", session);
         };
         tracing::info!(peer = %self.peer, slice, pty = start.pty.is_some(), "SSH session");
         let (sender, receiver) = unbounded_channel();
-        self.sessions.insert(channel, Channels::Running(sender));
+        self.sessions.insert(channel, Stage::Running(sender));
         // Those that have ended are let go of here: nobody waits for them.
         while self.running.try_join_next().is_some() {}
         self.running.spawn(bridge::carry(login, start, receiver, output, self.gate.clone()));
         session.channel_success(channel)
+    }
+
+    /// Ends a session that was not to be, as a command does that explains itself and fails. A request that simply fails would tell nothing:
+    /// OpenSSH's client leaves without showing what was said before.
+    fn refuse(&mut self, channel: ChannelId, why: &str, session: &mut Session) -> Result<(), russh::Error> {
+        if self.sessions.remove(&channel).is_none() {
+            return session.channel_failure(channel);
+        }
+        session.channel_success(channel)?;
+        session.extended_data(channel, STDERR, format!("commonage: {why}\r\n"))?;
+        session.exit_status_request(channel, REFUSED)?;
+        session.eof(channel)?;
+        session.close(channel)
     }
 }
 
@@ -176,6 +187,8 @@ impl Handler for Visitor {
         reply: ChannelOpenHandle,
         _session: &mut Session,
     ) -> Result<(), Self::Error> {
+        // A channel that was closed from here is not reported closed: its sessions are let go of now.
+        self.sessions.retain(|_, stage| !matches!(stage, Stage::Running(sender) if sender.is_closed()));
         if self.sessions.len() >= self.max_sessions {
             reply.reject(ChannelOpenFailure::ResourceShortage).await;
             return Ok(());
@@ -183,7 +196,7 @@ impl Handler for Visitor {
         let id = channel.id();
         // Input comes by `data`: the channel's own queue, which would make everything wait, is let go of.
         let (_, output) = channel.split();
-        self.sessions.insert(id, Channels::Fresh { output: Arc::new(output), env: Vec::new(), pty: None });
+        self.sessions.insert(id, Stage::Fresh { output: Arc::new(output), env: Vec::new(), pty: None });
         reply.accept().await;
         Ok(())
     }
@@ -219,7 +232,7 @@ impl Handler for Visitor {
         session: &mut Session,
     ) -> Result<(), Self::Error> {
         match self.sessions.get_mut(&channel) {
-            Some(Channels::Fresh { pty, .. }) if term.len() <= MAX_TERM && !term.contains('\0') => {
+            Some(Stage::Fresh { pty, .. }) if term.len() <= MAX_TERM && !term.contains('\0') => {
                 *pty = Some(Pty { term: term.to_owned(), size: window_size(col_width, row_height) });
                 session.channel_success(channel)
             }
@@ -234,7 +247,7 @@ impl Handler for Visitor {
         value: &str,
         session: &mut Session,
     ) -> Result<(), Self::Error> {
-        let Some(Channels::Fresh { env, .. }) = self.sessions.get_mut(&channel) else {
+        let Some(Stage::Fresh { env, .. }) = self.sessions.get_mut(&channel) else {
             return session.channel_failure(channel);
         };
         let bytes = |name: &str, value: &str| name.len().saturating_add(value.len());
@@ -266,12 +279,13 @@ impl Handler for Visitor {
         session: &mut Session,
     ) -> Result<(), Self::Error> {
         let name: String = name.chars().filter(char::is_ascii_graphic).take(40).collect();
-        let advice = format!("commonage: there is no subsystem {name} here; copy with `tar` or `cat` through ssh\r\n");
-        if let Some(channels @ Channels::Fresh { .. }) = self.sessions.get_mut(&channel) {
-            *channels = Channels::Refused;
-            session.extended_data(channel, STDERR, advice)?;
+        match self.sessions.get(&channel) {
+            Some(Stage::Fresh { .. }) => {
+                let why = format!("there is no subsystem {name} here; copy with `tar` or `cat` through ssh");
+                self.refuse(channel, &why, session)
+            }
+            _ => session.channel_failure(channel),
         }
-        session.channel_failure(channel)
     }
 
     async fn x11_request(

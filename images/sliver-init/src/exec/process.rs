@@ -84,7 +84,8 @@ impl Account {
             }
             command.env(name, value);
         }
-        command.current_dir(if Path::new(&self.home).is_dir() { &self.home } else { "/" });
+        let enterable = rustix::fs::access(&self.home, rustix::fs::Access::EXEC_OK).is_ok();
+        command.current_dir(if enterable { &self.home } else { "/" });
         Ok(command)
     }
 }
