@@ -310,7 +310,8 @@ impl Connection {
         self.forwarded += count as u32;
         // Soon enough that a steady sender never waits, late enough that not each packet is answered by one. A guest out of
         // credit has BUF_ALLOC bytes untold, so it always hears of them.
-        if (self.forwarded - self.told_forwarded).0 >= BUF_ALLOC / 4 && self.guest_closed & SHUTDOWN_SEND == 0 {
+        if (self.forwarded - self.told_forwarded).0 >= BUF_ALLOC / 4 && self.guest_closed & SHUTDOWN_SEND == 0
+        {
             self.pending.credit_update = true;
         }
     }

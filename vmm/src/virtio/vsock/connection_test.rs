@@ -22,8 +22,9 @@ struct World {
     to_guest: VecDeque<(Segment, Vec<u8>)>,
 
     guest_alloc: u32,
-    /// Whether the guest tells its credit only when asked.
+    /// Whether the guest tells its credit only when asked; if it had none then, as soon as it has.
     stingy: bool,
+    owes_credit: bool,
     guest_sent: usize,
     guest_fin: bool,
     /// Received and not yet read.
@@ -88,6 +89,7 @@ impl World {
             to_guest: VecDeque::new(),
             guest_alloc,
             stingy,
+            owes_credit: false,
             guest_sent: 0,
             guest_fin: false,
             guest_buffer: 0,
@@ -103,8 +105,7 @@ impl World {
     }
 
     fn say(&mut self, op: Op, flags: u32, payload: Vec<u8>) {
-        let segment =
-            Segment { op, flags, buf_alloc: self.guest_alloc, fwd_cnt: self.guest_read as u32 };
+        let segment = Segment { op, flags, buf_alloc: self.guest_alloc, fwd_cnt: self.guest_read as u32 };
         self.to_machine.push_back((segment, payload));
     }
 
@@ -123,7 +124,7 @@ impl World {
                 let count = count.min(self.guest_buffer);
                 self.guest_buffer -= count;
                 self.guest_read += count;
-                if count > 0 && !self.stingy {
+                if count > 0 && (!self.stingy || std::mem::take(&mut self.owes_credit)) {
                     self.say(Op::CreditUpdate, 0, vec![]);
                 }
             }
@@ -177,7 +178,9 @@ impl World {
     fn reach_guest(&mut self) {
         let Some((segment, payload)) = self.to_guest.pop_front() else { return };
         // The stream is far shorter than 2^32, so the counter can only be the count.
-        assert!(segment.fwd_cnt as usize >= self.machine_forwarded && segment.fwd_cnt as usize <= self.guest_sent);
+        assert!(
+            segment.fwd_cnt as usize >= self.machine_forwarded && segment.fwd_cnt as usize <= self.guest_sent
+        );
         self.machine_forwarded = segment.fwd_cnt as usize;
         self.machine_alloc = segment.buf_alloc;
         match segment.op {
@@ -196,7 +199,10 @@ impl World {
                     assert_eq!(self.guest_read + self.guest_buffer, self.host_wrote, "the end came early");
                 }
             }
-            Op::CreditRequest => self.say(Op::CreditUpdate, 0, vec![]),
+            Op::CreditRequest => {
+                self.owes_credit = self.guest_buffer == self.guest_alloc as usize;
+                self.say(Op::CreditUpdate, 0, vec![]);
+            }
             Op::CreditUpdate => {}
             op => panic!("{op:?} in an open stream"),
         }
@@ -204,25 +210,23 @@ impl World {
 
     /// Lets everyone do all they can until nothing moves.
     fn settle(&mut self) {
+        // A round without progress may still have asked for credit or given it: only several mean rest.
+        let mut idle_rounds = 0;
         for _ in 0..10_000 {
             let before = (self.host_read, self.guest_read, self.guest_saw, self.host_sent);
             for step in [
                 Step::Sends(4096),
                 Step::ReachesGuest,
                 Step::GuestReads(usize::MAX),
-                Step::Sends(4096),
-                Step::ReachesGuest,
                 Step::ReachesMachine,
                 Step::HostReads(usize::MAX),
             ] {
                 self.take(&step);
             }
             let after = (self.host_read, self.guest_read, self.guest_saw, self.host_sent);
-            if before == after
-                && self.to_guest.is_empty()
-                && self.to_machine.is_empty()
-                && !self.connection.has_control()
-            {
+            let moving = before != after || !self.to_guest.is_empty() || !self.to_machine.is_empty();
+            idle_rounds = if moving { 0 } else { idle_rounds + 1 };
+            if idle_rounds == 4 {
                 return;
             }
         }
@@ -239,13 +243,14 @@ proptest! {
         steps in prop::collection::vec(step(), 0..400),
     ) {
         let mut world = World::new(by_host, guest_alloc, stingy);
-        // A guest with a tiny buffer takes a round trip for each of its bytes: keep the streams short enough to settle.
-        let cap = guest_alloc as usize * 1000;
+        // A guest with a tiny buffer takes a round trip for each of its bytes: keep the stream short enough to settle.
+        let longest = guest_alloc as usize * 200;
         for step in &steps {
-            match step {
-                Step::HostWrites(_) if world.host_wrote > cap => {}
-                step => world.take(step),
-            }
+            let step = match *step {
+                Step::HostWrites(count) => Step::HostWrites(count.min(longest - world.host_wrote)),
+                ref step => step.clone(),
+            };
+            world.take(&step);
         }
         world.take(&Step::GuestEnds);
         world.take(&Step::HostEnds);

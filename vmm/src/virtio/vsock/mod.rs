@@ -125,7 +125,8 @@ impl Vsock {
                 if refilled_meanwhile(active)? { continue } else { break }
             };
             let head = chain.head_index();
-            let Some(written) = write_packet(&active.memory, chain, payload, |room| muxer.to_guest(room, now))
+            let Some(written) =
+                write_packet(&active.memory, chain, payload, |room| muxer.to_guest(room, now))
             else {
                 if let Some(ring) = active.queues.get_mut(RX) {
                     ring.go_to_previous_position();

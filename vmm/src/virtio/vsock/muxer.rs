@@ -121,9 +121,8 @@ impl Muxer {
         let failed = |what| move |source: rustix::io::Errno| VsockError::Poll { what, source: source.into() };
         let listener = Listener::create(path)?;
         let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(failed("create an epoll instance"))?;
-        let timer =
-            timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)
-                .map_err(failed("create a timer"))?;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)
+            .map_err(failed("create a timer"))?;
         for (fd, token) in [(listener.socket(), LISTENER), (&timer, TIMER)] {
             epoll::add(&epoll, fd, EventData::new_u64(token), EventFlags::IN | EventFlags::ET)
                 .map_err(failed("watch the listening socket and the timer"))?;
@@ -384,11 +383,12 @@ impl Muxer {
         }
         // Zero would disarm it.
         let wait = at.saturating_duration_since(now).max(Duration::from_millis(1));
-        let it_value =
-            Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
+        let it_value = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) };
         let it_interval = Timespec { tv_sec: 0, tv_nsec: 0 };
         // It cannot fail with a valid time; if it did, the next event would bring the deadline.
-        if timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &Itimerspec { it_interval, it_value }).is_ok() {
+        if timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &Itimerspec { it_interval, it_value })
+            .is_ok()
+        {
             self.timer_at = Some(at);
         }
     }

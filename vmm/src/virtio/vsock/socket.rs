@@ -219,7 +219,8 @@ mod tests {
     fn requests_are_strict() {
         assert_eq!(parse(b"CONNECT 808\n"), Some(808));
         assert_eq!(parse(b"CONNECT 4294967295\n"), Some(u32::MAX));
-        for bad in ["CONNECT 4294967296\n", "CONNECT +1\n", "CONNECT \n", "connect 1\n", "CONNECT 1 \n", "\n"] {
+        for bad in ["CONNECT 4294967296\n", "CONNECT +1\n", "CONNECT \n", "connect 1\n", "CONNECT 1 \n", "\n"]
+        {
             assert_eq!(parse(bad.as_bytes()), None, "{bad:?}");
         }
     }
