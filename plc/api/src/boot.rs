@@ -15,6 +15,7 @@ use ed25519_dalek::{Signature, Signer as _, SigningKey, VerifyingKey};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
+use utoipa::ToSchema;
 
 const SCRIPT_CONTEXT: &[u8] = b"commonage boot script v1\0";
 const GRANT_CONTEXT: &[u8] = b"commonage boot grant v1\0";
@@ -39,19 +40,21 @@ pub struct NodeConfig {
 }
 
 /// A node asks how to boot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BootRequest {
     /// Who it says it is; must be the node of the certificate.
+    #[schema(value_type = String)]
     pub node: NodeId,
     /// 32 random bytes, new for each boot.
+    #[schema(value_type = String, format = Byte)]
     pub nonce: Bytes,
     /// What it is made of.
     pub facts: Facts,
 }
 
 /// Hardware facts.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 pub struct Facts {
     /// Processors.
     pub cpus: u32,
@@ -70,15 +73,19 @@ pub struct Facts {
 }
 
 /// The answer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct BootResponse {
     /// A [`Script`] as JSON, exactly as signed.
+    #[schema(value_type = String, format = Byte)]
     pub script: Bytes,
     /// By the offline key.
+    #[schema(value_type = String, format = Byte)]
     pub script_signature: Bytes,
     /// A [`Grant`] as JSON, exactly as signed.
+    #[schema(value_type = String, format = Byte)]
     pub grant: Bytes,
     /// By PLC's online key.
+    #[schema(value_type = String, format = Byte)]
     pub grant_signature: Bytes,
 }
 

@@ -10,9 +10,10 @@ use std::net::Ipv4Addr;
 use commonage_isolation_api::{Rspec, SliceName};
 use commonage_nodemgr_api::http::{PortGrant, SliverConfig};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// Everything that should be on the node. What is not named should not be there.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Desired {
     /// Grows with each change that concerns the node.
     pub revision: u64,
@@ -21,22 +22,26 @@ pub struct Desired {
 }
 
 /// One sliver as it should be.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct DesiredSliver {
     /// Its slice.
+    #[schema(value_type = String)]
     pub slice: SliceName,
     /// What it may use.
+    #[schema(value_type = Object)]
     pub rspec: Rspec,
     /// How it starts.
+    #[schema(value_type = Object)]
     pub config: SliverConfig,
 }
 
 /// What is on the node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Status {
     /// The revision this was reached for (or attempted).
     pub revision: u64,
     /// The node's one address.
+    #[schema(value_type = String)]
     pub address: Ipv4Addr,
     /// The SSH front door's host key, an OpenSSH public key.
     pub ssh_host_key: String,
@@ -47,19 +52,21 @@ pub struct Status {
 }
 
 /// One sliver as it is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct SliverReport {
     /// Its slice.
+    #[schema(value_type = String)]
     pub slice: SliceName,
     /// How far it is.
     #[serde(flatten)]
     pub state: SliverOutcome,
     /// Its ports, once granted.
+    #[schema(value_type = Option<Object>)]
     pub ports: Option<PortGrant>,
 }
 
 /// How far a sliver is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "state", rename_all = "kebab-case")]
 pub enum SliverOutcome {
     /// PLC wants it; the node has not reported yet.

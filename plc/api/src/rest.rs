@@ -305,7 +305,6 @@ pub struct NodeBoot {
     /// Which release it was given.
     pub release: String,
     /// What it is made of.
-    #[schema(value_type = Object)]
     pub facts: Facts,
 }
 
@@ -322,7 +321,6 @@ pub struct NodeStatus {
     /// Version of the node's software.
     pub version: String,
     /// Its slivers.
-    #[schema(value_type = Vec<Object>)]
     pub slivers: Vec<SliverReport>,
 }
 
@@ -489,7 +487,6 @@ pub struct SliceSliver {
     pub address: Option<Ipv4Addr>,
     /// How far it is: `{"state": "pending" | "starting" | "running" | "failed", …}`.
     #[serde(flatten)]
-    #[schema(value_type = Object)]
     pub outcome: SliverOutcome,
     /// Whether the report is about what is wanted now, not about something older.
     pub current: bool,
