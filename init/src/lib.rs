@@ -6,7 +6,6 @@
 pub mod clock;
 pub mod console;
 pub mod cpio;
-#[path = "dhcp/dhcp.rs"]
 pub mod dhcp;
 pub mod error;
 pub mod interface;

@@ -121,23 +121,35 @@ impl Supervisor {
         waiting.min()
     }
 
-    /// Starts again the services whose pause is over. Those that could not be started are returned and tried again.
-    pub fn restart_due(&mut self, now: Instant) -> Vec<Error> {
-        let mut failed = Vec::new();
+    /// Starts again the services whose pause is over; tells which, and how it went. What could not be started is tried again.
+    pub fn restart_due(&mut self, now: Instant) -> Vec<(String, Result<()>)> {
+        let mut told = Vec::new();
         for service in &mut self.0 {
             if !matches!(service.state, State::Waiting { until } if service.wanted && until <= now) {
                 continue;
             }
-            match spawn(&service.name, &mut service.command) {
-                Ok(pid) => service.state = State::Running { pid, since: now },
-                Err(e) => {
-                    let until = now + service.backoff.after(Duration::ZERO);
-                    service.state = State::Waiting { until };
-                    failed.push(e);
+            let started = match spawn(&service.name, &mut service.command) {
+                Ok(pid) => {
+                    service.state = State::Running { pid, since: now };
+                    Ok(())
                 }
-            }
+                Err(e) => {
+                    service.state = State::Waiting { until: now + service.backoff.after(Duration::ZERO) };
+                    Err(e)
+                }
+            };
+            told.push((service.name.clone(), started));
         }
-        failed
+        told
+    }
+
+    /// Kills a service's process, which is then started again. Says whether it ran.
+    pub fn kill(&mut self, name: &str) -> bool {
+        let running = self.0.iter().find_map(|s| match s.state {
+            State::Running { pid, .. } if s.name == name => Some(pid),
+            _ => None,
+        });
+        running.is_some_and(|pid| kill_process(pid, Signal::KILL).is_ok())
     }
 
     /// Sends a service a signal and does not start it again when it ends.
@@ -206,7 +218,7 @@ mod tests {
         assert_eq!(deaths[0].again_in, Some(FIRST_PAUSE));
         assert_eq!(supervisor.deadline(), Some(start + FIRST_PAUSE));
         assert!(supervisor.restart_due(start).is_empty() && !supervisor.runs("false"));
-        assert!(supervisor.restart_due(start + FIRST_PAUSE).is_empty());
+        assert!(supervisor.restart_due(start + FIRST_PAUSE)[0].1.is_ok());
         assert!(supervisor.runs("false") && supervisor.runs("sleep"));
         supervisor.stop("sleep", Signal::TERM);
         supervisor.stop("false", Signal::KILL);
