@@ -1,6 +1,7 @@
 //! Who may log in where: what the SSH front door knows of slivers, and nothing more.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use commonage_nodemgr_api::http::SliverState;
 
@@ -19,4 +20,10 @@ pub struct Login {
 pub trait Directory: Send + Sync + 'static {
     /// The sliver of `slice` (untrusted text), if the node has one.
     fn login(&self, slice: &str) -> Option<Login>;
+}
+
+impl<D: Directory + ?Sized> Directory for Arc<D> {
+    fn login(&self, slice: &str) -> Option<Login> {
+        (**self).login(slice)
+    }
 }

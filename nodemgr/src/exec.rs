@@ -33,7 +33,9 @@ pub enum ExecError {
         source: io::Error,
     },
     /// The machine runs but nothing in it listens for commands.
-    #[error("the sliver's init does not take commands yet (its machine answered {0:?}); try again when it has started")]
+    #[error(
+        "the sliver's init does not take commands yet (its machine answered {0:?}); try again when it has started"
+    )]
     Refused(String),
     /// Nothing answered in time.
     #[error("the sliver did not take the command within {} s; it may be overloaded", CONNECT_TIMEOUT.as_secs())]
@@ -110,7 +112,11 @@ impl ExecReader {
             }
             let missing = wanted.saturating_sub(self.partial.len()) as u64;
             if (&mut self.read).take(missing).read_buf(&mut self.partial).await? == 0 {
-                return if self.partial.is_empty() { Ok(None) } else { Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()) };
+                return if self.partial.is_empty() {
+                    Ok(None)
+                } else {
+                    Err(io::Error::from(io::ErrorKind::UnexpectedEof).into())
+                };
             }
         }
     }
@@ -190,9 +196,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vsock.sock");
         let listener = UnixListener::bind(&path).unwrap();
-        for (said, wanted) in
-            [(&b"OK 808\n\x05\xff\xff\xff\xff"[..], "longer than"), (b"OK 808\n\x05\0\0", "broke"), (b"OK 808\n\x63\0\0\0\0", "no frame")]
-        {
+        for (said, wanted) in [
+            (&b"OK 808\n\x05\xff\xff\xff\xff"[..], "longer than"),
+            (b"OK 808\n\x05\0\0", "broke"),
+            (b"OK 808\n\x63\0\0\0\0", "no frame"),
+        ] {
             let guest = async {
                 let mut stream = accept(&listener).await;
                 stream.get_mut().write_all(said).await.unwrap();

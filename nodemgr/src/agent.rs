@@ -1,0 +1,64 @@
+//! The sliver the node keeps for PLC: how its agent is made.
+//!
+//! It is bound for good: its interval begins long ago (the clock may be wrong at the first start) and ends far in the future. It
+//! has every privilege, because privileges can only be passed on, and PLC is where they come from.
+
+use std::collections::BTreeSet;
+
+use commonage_isolation_api::{Interval, Limits, Link, Ports, Privilege, Rspec};
+use commonage_nodemgr_api::Bytes;
+use commonage_nodemgr_api::http::{File, SliverConfig};
+use jiff::Timestamp;
+
+use crate::manager::Settings;
+
+/// Far enough: 9999-01-01.
+const FOREVER: i64 = 253_370_764_800;
+/// The sleep keeps an agent that cannot start from taking the processor.
+const BOOT_SCRIPT: &str = "#!/bin/sh
+export HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin
+(
+    trap '' HUP
+    while :; do
+        /usr/sbin/plc-agent
+        echo \"plc-agent ended with status $?; starting it again\"
+        sleep 2
+    done
+) </dev/null >/dev/console 2>&1 &
+";
+
+/// What the agent may use, and how it starts. The node's configuration is read anew at each start of the node manager.
+pub fn sliver(settings: &Settings) -> (Rspec, SliverConfig) {
+    let end = Timestamp::from_second(FOREVER).unwrap_or(Timestamp::MAX);
+    let rspec = Rspec {
+        share: 2000,
+        vcpus: 1,
+        memory_mib: 64,
+        disk_mib: 64,
+        link: Link { guaranteed_bps: 0, cap_bps: 1_000_000_000 },
+        ports: Ports { block: 64, tcp: BTreeSet::new(), udp: BTreeSet::new() },
+        limits: Limits { pids: 64 },
+        privileges: BTreeSet::from([
+            Privilege::Acquire,
+            Privilege::EnvironmentService,
+            Privilege::AdminSniffer,
+            Privilege::Sensors,
+        ]),
+        interval: Interval { start: Timestamp::UNIX_EPOCH, end },
+    };
+    let node_json = std::fs::read(&settings.node_config).inspect_err(|e| {
+        tracing::error!("cannot read {}: {e}; the agent cannot reach PLC", settings.node_config.display())
+    });
+    let files = node_json.map(|json| File {
+        path: "/run/commonage/node.json".to_owned(),
+        mode: 0o600,
+        contents: Bytes(json),
+    });
+    let config = SliverConfig {
+        base: "agent".to_owned(),
+        ssh_keys: Vec::new(),
+        boot_script: BOOT_SCRIPT.to_owned(),
+        files: files.into_iter().collect(),
+    };
+    (rspec, config)
+}
