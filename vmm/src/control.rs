@@ -128,9 +128,8 @@ impl Control {
 
 /// Answers one request. True if it asked for the machine's end.
 fn respond(client: &mut Client, line: &[u8], ring: Option<&RingFds>, started: Instant) -> Result<bool, Gone> {
-    let reply = |response: &Response, fds: &[BorrowedFd<'_>]| {
-        answer(&client.stream, response, fds).map_err(|_| Gone)
-    };
+    let reply =
+        |response: &Response, fds: &[BorrowedFd<'_>]| answer(&client.stream, response, fds).map_err(|_| Gone);
     match (serde_json::from_slice(line), ring) {
         (Ok(Request::Status), _) => {
             let uptime_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);

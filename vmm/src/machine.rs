@@ -45,7 +45,7 @@ const CONSOLE: u32 = 0x1001;
 const EXIT: u32 = 0x1002;
 
 /// What the kernel needs to hear whatever the guest is. `reboot=k`: a reboot pulses the keyboard controller's reset line, so that it can be told
-/// from a crash. `i8042.*` is not needed: the sliver kernel has no keyboard driver.
+/// from a crash.
 const COMMAND_LINE: &str = "console=ttyS0 8250.nr_uarts=1 reboot=k panic=-1 quiet";
 
 /// Why a machine could not be put together or kept running.
@@ -173,8 +173,7 @@ impl Machine {
         vm.connect_interrupt(&line, layout::COM1_IRQ)?;
         let bus = Bus::new(Serial::new(Line(line), console), transports.pages);
 
-        let command_line =
-            [COMMAND_LINE, &transports.parameters, &config.cmdline].map(str::trim).join(" ");
+        let command_line = [COMMAND_LINE, &transports.parameters, &config.cmdline].map(str::trim).join(" ");
         let entry = boot::load(
             vm.memory(),
             config.memory_mib,
@@ -298,10 +297,9 @@ fn devices(
 fn open_disk(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new().read(true).write(true).open(path)?;
     rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
-        rustix::io::Errno::WOULDBLOCK => io::Error::new(
-            io::ErrorKind::ResourceBusy,
-            "another machine uses it; stop that one first",
-        ),
+        rustix::io::Errno::WOULDBLOCK => {
+            io::Error::new(io::ErrorKind::ResourceBusy, "another machine uses it; stop that one first")
+        }
         errno => errno.into(),
     })?;
     Ok(file)

@@ -15,8 +15,11 @@ use commonage_vmm_api::{ExitReason, MachineConfig, NetConfig, VsockConfig};
 /// Exit status: 0 if the guest reset the machine (reboot) or a client of the control socket stopped it, 1 if the host failed, 3 if the guest
 /// crashed its processor (triple fault).
 #[derive(Parser)]
-#[command(version, after_help = "Example: sliver-vmm --kernel vmlinux --initrd sliver-initrd --memory 64 \
-    --base base-mini.erofs --disk disk.img")]
+#[command(
+    version,
+    after_help = "Example: sliver-vmm --kernel vmlinux --initrd sliver-initrd --memory 64 \
+    --base base-mini.erofs --disk disk.img"
+)]
 struct Arguments {
     /// Machine description in JSON; takes the place of all other flags
     #[arg(long, value_name = "FILE", exclusive = true)]

@@ -25,7 +25,9 @@ pub fn run(mut vcpu: VcpuFd, id: u8, bus: &Bus) -> ExitReason {
             Ok(VcpuExit::Shutdown) => return ExitReason::TripleFault,
             Ok(VcpuExit::Intr | VcpuExit::Hlt) => {}
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
-                return failed(format!("KVM cannot enter the guest (hardware reason {reason:#x}, CPU {cpu})"));
+                return failed(format!(
+                    "KVM cannot enter the guest (hardware reason {reason:#x}, CPU {cpu})"
+                ));
             }
             Ok(VcpuExit::InternalError) => {
                 return failed("KVM cannot emulate what the guest does".into());

@@ -22,7 +22,9 @@ use crate::virtio::Memory;
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
     /// No KVM at all.
-    #[error("cannot open /dev/kvm: {0}; load kvm-amd or kvm-intel, switch virtualisation on in the firmware, and run as a user who may open it")]
+    #[error(
+        "cannot open /dev/kvm: {0}; load kvm-amd or kvm-intel, switch virtualisation on in the firmware, and run as a user who may open it"
+    )]
     NoKvm(io::Error),
     /// A call failed.
     #[error("KVM refuses {what}: {source}")]
@@ -60,18 +62,22 @@ impl Vm {
     pub fn new(memory: Memory) -> Result<Self, VmError> {
         let kvm = Kvm::new().map_err(|error| VmError::NoKvm(io::Error::from_raw_os_error(error.errno())))?;
         if !Path::new("/sys/module/kvm_amd").exists() && !Path::new("/sys/module/kvm_intel").exists() {
-            eprintln!("sliver-vmm: warning: /dev/kvm exists without kvm_amd or kvm_intel; such a KVM may not run Linux");
+            eprintln!(
+                "sliver-vmm: warning: /dev/kvm exists without kvm_amd or kvm_intel; such a KVM may not run Linux"
+            );
         }
         let fd = kvm.create_vm().map_err(refused("to create a machine"))?;
         fd.set_tss_address(layout::KVM_TSS).map_err(refused("the task state segment's address"))?;
-        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(refused("the identity map's address"))?;
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(refused("the identity map's address"))?;
         fd.create_irq_chip().map_err(refused("interrupt controllers"))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(refused("a timer"))?;
         for (slot, region) in memory.iter().enumerate() {
-            let at = region
-                .get_host_address(MemoryRegionAddress(0))
-                .map_err(|error| VmError::Refused { what: "guest memory", source: io::Error::other(error) })?;
+            let at = region.get_host_address(MemoryRegionAddress(0)).map_err(|error| VmError::Refused {
+                what: "guest memory",
+                source: io::Error::other(error),
+            })?;
             let slot = kvm_userspace_memory_region {
                 slot: slot as u32,
                 flags: 0,

@@ -44,7 +44,9 @@ pub enum BootError {
         source: io::Error,
     },
     /// Kernel and initrd need more memory.
-    #[error("{memory_mib} MiB of memory do not hold the kernel (to {kernel_end:#x}) and an initrd of {initrd} bytes")]
+    #[error(
+        "{memory_mib} MiB of memory do not hold the kernel (to {kernel_end:#x}) and an initrd of {initrd} bytes"
+    )]
     NoRoom {
         /// Memory of the machine.
         memory_mib: u32,
@@ -223,7 +225,8 @@ mod tests {
 
     #[test]
     fn initrd_never_overlaps_the_kernel() {
-        let error = load_initrd(&memory(32), 32, 32 * layout::MIB - 4096, &mut image(&[7; 5000])).unwrap_err();
+        let error =
+            load_initrd(&memory(32), 32, 32 * layout::MIB - 4096, &mut image(&[7; 5000])).unwrap_err();
         assert!(matches!(error, BootError::NoRoom { .. }), "{error}");
     }
 

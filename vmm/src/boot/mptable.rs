@@ -38,7 +38,28 @@ pub fn table(vcpus: u8) -> Vec<u8> {
     for id in 0..vcpus {
         // Enabled; the first is the boot processor. Signature: family 6; features: FPU and APIC.
         let flags = 1 | if id == 0 { 2 } else { 0 };
-        entry(&[PROCESSOR, id, APIC_VERSION, flags, 0x00, 0x06, 0, 0, 0x01, 0x02, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        entry(&[
+            PROCESSOR,
+            id,
+            APIC_VERSION,
+            flags,
+            0x00,
+            0x06,
+            0,
+            0,
+            0x01,
+            0x02,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+            0,
+        ]);
     }
     entry(&[BUS, ISA_BUS, b'I', b'S', b'A', b' ', b' ', b' ']);
     let io_apic_id = vcpus;
@@ -67,7 +88,8 @@ pub fn table(vcpus: u8) -> Vec<u8> {
     header[7] = checksum(&header);
 
     let at = (layout::MP_TABLE.0 as u32 + FLOATING_POINTER_SIZE).to_le_bytes();
-    let mut table = vec![b'_', b'M', b'P', b'_', at[0], at[1], at[2], at[3], 1, VERSION_1_4, 0, 0, 0, 0, 0, 0];
+    let mut table =
+        vec![b'_', b'M', b'P', b'_', at[0], at[1], at[2], at[3], 1, VERSION_1_4, 0, 0, 0, 0, 0, 0];
     table[10] = checksum(&table);
     table.extend_from_slice(&header);
     table

@@ -11,9 +11,9 @@ use std::io::{self, Seek, SeekFrom};
 use rustix::fs::FallocateFlags;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
-    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::Bytes;
@@ -134,9 +134,8 @@ impl Disk {
         let Some((input, status)) = input.len().checked_sub(1).and_then(|at| input.split_at(at)) else {
             return 0;
         };
-        let outcome = parse(memory, self.sectors, output, input).and_then(|request| {
-            self.execute(memory, &request).map_err(|_| Refusal::IoError)
-        });
+        let outcome = parse(memory, self.sectors, output, input)
+            .and_then(|request| self.execute(memory, &request).map_err(|_| Refusal::IoError));
         let (written, code) = match outcome {
             Ok(written) => (written, VIRTIO_BLK_S_OK as u8),
             Err(refusal) => (0, refusal.status()),

@@ -29,6 +29,8 @@ pub mod net;
 pub mod pmem;
 pub mod rng;
 pub mod segments;
+#[cfg(test)]
+pub mod testing;
 pub mod vsock;
 
 use std::sync::Arc;
