@@ -6,7 +6,7 @@
 use std::convert::Infallible;
 use std::fs::{self, File, TryLockError};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
@@ -111,7 +111,9 @@ impl Drop for Server {
 
 /// Makes the state directory if need be; while the answer is held no other plcd can have it.
 fn open_state(state: &Path) -> Result<File> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(state).map_err(Error::file("making", state))?;
+    fs::create_dir_all(state).map_err(Error::file("making", state))?;
+    // The database is made by SQLite, with the mode that the umask leaves: nobody else gets as far.
+    fs::set_permissions(state, fs::Permissions::from_mode(0o700)).map_err(Error::file("closing", state))?;
     let path = state.join("lock");
     let lock = File::create(&path).map_err(Error::file("making", &path))?;
     match lock.try_lock() {

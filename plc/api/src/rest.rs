@@ -548,3 +548,24 @@ pub struct CurrentScript {
     #[schema(value_type = String, format = DateTime)]
     pub published: Timestamp,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_safe_in_paths() {
+        for good in ["a", "larry.peterson", "x-1", &"a".repeat(32)] {
+            assert!(good.parse::<PrincipalName>().is_ok(), "{good}");
+        }
+        for bad in ["", "1a", ".a", "A", "a/b", "a b", "a%", "ä", &"a".repeat(33)] {
+            assert!(bad.parse::<PrincipalName>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_boot_state_has_defaults() {
+        assert_eq!(serde_json::from_str::<BootState>("{}").unwrap(), BootState::default());
+        assert_eq!(BootState::default().base, "debian");
+    }
+}

@@ -5,16 +5,18 @@ use std::time::Duration;
 
 use commonage_plc_api::boot::{BootRequest, BootResponse};
 use commonage_plc_api::rest::BootFile;
+use futures_util::TryStreamExt as _;
 use reqwest::header::CONTENT_LENGTH;
 use reqwest::{Body, Method, Response, StatusCode};
 use sha2::{Digest as _, Sha256};
 use tokio::fs::File;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-use crate::transport::IDLE_S;
 use crate::{Client, Error, Result};
 
 const CHUNK: usize = 256 << 10;
+/// An upload that stands still for so long is over; PLC syncs a whole file to its disk before it answers.
+const STILL_S: u64 = 300;
 
 impl Client {
     /// Asks how to boot. What comes back is run only after [`BootResponse::verify`].
@@ -106,16 +108,20 @@ impl Client {
     ) -> Result<BootFile> {
         let (moved, mut moves) = tokio::sync::watch::channel(());
         let stream = futures_util::stream::unfold((source.take(size), 0_u64), move |(mut source, sent)| {
-            let mut chunk = Vec::with_capacity(CHUNK);
             moved.send_replace(());
-            progress(sent, size);
             async move {
+                let mut chunk = Vec::with_capacity(CHUNK);
                 match (&mut source).take(CHUNK as u64).read_to_end(&mut chunk).await {
                     Ok(0) => None,
                     Ok(n) => Some((Ok(chunk), (source, sent + n as u64))),
                     Err(e) => Some((Err(e), (source, sent))),
                 }
             }
+        });
+        let mut sent = 0;
+        let stream = stream.inspect_ok(move |chunk| {
+            sent += chunk.len() as u64;
+            progress(sent, size);
         });
         let request = self
             .request(Method::PUT, &format!("v1/boot/files/{}", checked(sha256)?))?
@@ -127,8 +133,8 @@ impl Client {
         let response = loop {
             tokio::select! {
                 response = &mut answer => break response.map_err(|e| Error::transport(self.url(), &e))?,
-                alive = tokio::time::timeout(Duration::from_secs(IDLE_S), moved_on(&mut moves)) => {
-                    alive.map_err(|_| Error::silence(self.url(), IDLE_S))?;
+                alive = tokio::time::timeout(Duration::from_secs(STILL_S), moved_on(&mut moves)) => {
+                    alive.map_err(|_| Error::silence(self.url(), STILL_S))?;
                 }
             }
         };

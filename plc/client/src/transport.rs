@@ -19,7 +19,7 @@ const CONNECT: Duration = Duration::from_secs(10);
 /// For a call that PLC answers at once; a long poll adds what it waits.
 const ANSWER_S: u64 = 30;
 /// Without a byte for so long, a transfer is over.
-pub(crate) const IDLE_S: u64 = 60;
+const IDLE_S: u64 = 60;
 /// No JSON answer is larger, bytes.
 const MAX_ANSWER: usize = 64 << 20;
 
@@ -50,6 +50,8 @@ impl Client {
             .redirect(reqwest::redirect::Policy::none())
             .hickory_dns(true)
             .connect_timeout(CONNECT)
+            // Well before PLC ends an idle connection, so that none is used just as it ends.
+            .pool_idle_timeout(Duration::from_secs(20))
             // A long poll may wait ten minutes; a peer that is gone is noticed earlier.
             .tcp_keepalive(Duration::from_secs(15))
             .user_agent(concat!("commonage/", env!("CARGO_PKG_VERSION")))

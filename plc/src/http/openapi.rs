@@ -107,4 +107,14 @@ mod tests {
         let copy = include_str!("../../api/openapi.json");
         assert!(document().unwrap() == copy, "run: plcd openapi > plc/api/openapi.json");
     }
+
+    #[test]
+    fn every_call_is_described_and_every_description_is_of_a_call() {
+        let router = include_str!("mod.rs");
+        let routed: std::collections::BTreeSet<&str> =
+            router.split(".route(\"").skip(1).filter_map(|s| s.split('"').next()).collect();
+        let api = Document::openapi();
+        let described = api.paths.paths.keys().map(String::as_str).collect();
+        assert_eq!(routed, described);
+    }
 }
