@@ -55,6 +55,11 @@ impl Context {
         let workspace = images.parent().unwrap_or(images).to_owned();
         Ok(Self { workspace, cache: Cache::open(&root)? })
     }
+
+    /// Whether this process may install packages.
+    pub fn is_root() -> bool {
+        rustix::process::geteuid().is_root()
+    }
 }
 
 /// All that was built.

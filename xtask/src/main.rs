@@ -74,3 +74,18 @@ fn machines() -> Result<()> {
     packages::ensure(&Context::from_env()?, &[packages::BUILD, packages::MACHINES])?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
+        assert!(Arguments::try_parse_from(["xtask", "demo", "--nodes", "0"]).is_err());
+        let parsed = Arguments::try_parse_from(["xtask", "test", "--quick"]);
+        assert!(matches!(parsed, Ok(Arguments { command: Verb::Test(_) })));
+    }
+}
