@@ -8,7 +8,6 @@ use std::io;
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 
 use rustix::io::Errno;
 
@@ -62,11 +61,11 @@ impl Nic {
         };
         let socket = own(socket)?;
         let mut request = ifreq(name)?;
-        ioctl(&socket, libc::SIOCGIFINDEX as u64, &mut request)?;
+        ioctl(&socket, libc::SIOCGIFINDEX, &mut request)?;
         // SAFETY: SIOCGIFINDEX filled in this member.
         let index = unsafe { request.ifr_ifru.ifru_ifindex };
         let mut request = ifreq(name)?;
-        ioctl(&socket, libc::SIOCGIFHWADDR as u64, &mut request)?;
+        ioctl(&socket, libc::SIOCGIFHWADDR, &mut request)?;
         // SAFETY: SIOCGIFHWADDR filled in this member.
         let address = unsafe { request.ifr_ifru.ifru_hwaddr };
         if address.sa_family != libc::ARPHRD_ETHER {
@@ -187,17 +186,17 @@ pub struct Tap(File);
 impl Tap {
     /// Attaches to an existing persistent TAP. Without IFF_VNET_HDR the kernel hands over complete checksums and whole frames.
     pub fn open(name: &str) -> io::Result<Self> {
-        if !Path::new("/sys/class/net").join(name).exists() {
-            return Err(io::Error::new(
-                io::ErrorKind::NotFound,
-                "no such interface: node-init makes it (ip tuntap add)",
-            ));
-        }
+        // TUNSETIFF would make one, which would be gone with us, and the host's address with it.
+        let socket =
+            rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+        ioctl(&socket, libc::SIOCGIFINDEX, &mut ifreq(name)?).map_err(|error| {
+            io::Error::new(error.kind(), format!("{error}: node-init makes it (ip tuntap add)"))
+        })?;
         let file =
             OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
         let mut request = ifreq(name)?;
         request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as i16;
-        ioctl(&file, libc::TUNSETIFF as u64, &mut request)?;
+        ioctl(&file, libc::TUNSETIFF, &mut request)?;
         Ok(Self(file))
     }
 
@@ -236,7 +235,7 @@ fn ifreq(name: &str) -> io::Result<libc::ifreq> {
 
 fn ioctl(fd: &impl AsFd, number: u64, request: &mut libc::ifreq) -> io::Result<()> {
     // SAFETY: every request used here takes an ifreq; the one that holds a pointer (SIOCETHTOOL) is called with one to live memory.
-    check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), number as _, &raw mut *request) })
+    check(unsafe { libc::ioctl(fd.as_fd().as_raw_fd(), number, &raw mut *request) })
 }
 
 fn set_option(socket: &OwnedFd, option: i32, value: i32) -> io::Result<()> {

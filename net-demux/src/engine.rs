@@ -164,7 +164,7 @@ impl Engine {
         self.place.map(|place| place.address)
     }
 
-    /// Connects a sliver, instead of one with the same id. On error nothing changes.
+    /// Connects a sliver, or the same sliver anew: it keeps its echo identifiers, not its counters. On error nothing changes.
     pub fn attach(
         &mut self,
         id: SliverId,
@@ -232,7 +232,7 @@ impl Engine {
     }
 
     /// A frame from the link. Its Ethernet header is rewritten if it goes to a sliver.
-    pub fn from_nic(&mut self, now: Time, frame: &mut [u8], out: &mut impl Ports) {
+    pub fn nic_frame(&mut self, now: Time, frame: &mut [u8], out: &mut impl Ports) {
         match self.incoming_owner(now, frame, out) {
             Err(reason) => self.drops.count(reason),
             Ok((HOST, _)) => self.deliver_to_host(frame, out),
@@ -241,7 +241,7 @@ impl Engine {
     }
 
     /// A frame from the host's IP stack.
-    pub fn from_host(&mut self, now: Time, frame: &mut [u8], out: &mut impl Ports) {
+    pub fn host_frame(&mut self, now: Time, frame: &mut [u8], out: &mut impl Ports) {
         match self.host_route(now, frame) {
             Err(reason) => self.drops.count(reason),
             Ok((Route::Out, _)) => {
@@ -254,7 +254,7 @@ impl Engine {
     }
 
     /// A frame from a sliver. Frames from slivers that are not attached are nobody's, and dropped.
-    pub fn from_sliver(&mut self, now: Time, id: SliverId, frame: &mut [u8], out: &mut impl Ports) {
+    pub fn sliver_frame(&mut self, now: Time, id: SliverId, frame: &mut [u8], out: &mut impl Ports) {
         if let Err(reason) = self.forward(now, id, frame, out) {
             self.count(id, reason);
         }
@@ -621,6 +621,8 @@ fn arp_frame(operation: ArpOperation, source: (Mac, Ipv4Addr), target: (Mac, Ipv
     frame
 }
 
+#[cfg(test)]
+mod craft;
 #[cfg(test)]
 mod model_test;
 #[cfg(test)]

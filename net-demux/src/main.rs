@@ -8,6 +8,7 @@ mod engine;
 mod shell;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
@@ -27,11 +28,19 @@ struct Options {
     control: PathBuf,
 }
 
-fn main() -> anyhow::Result<()> {
-    let options = Options::parse();
-    let Options { nic: nic_name, tap: tap_name, control: path } = &options;
-    let nic =
-        device::Nic::open(nic_name).with_context(|| format!("net-demux: cannot open the NIC {nic_name}"))?;
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("net-demux: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> anyhow::Result<()> {
+    let Options { nic: nic_name, tap: tap_name, control: path } = options;
+    let nic = device::Nic::open(nic_name).with_context(|| format!("cannot open the NIC {nic_name}"))?;
     if let Err(error) = nic.disable_offloads(nic_name) {
         eprintln!("net-demux: {nic_name} may join frames, which slivers cannot take: {error}");
     }
@@ -41,15 +50,13 @@ fn main() -> anyhow::Result<()> {
             eprintln!("net-demux: cannot set {path}: {error}: the host may answer for slivers");
         }
     }
-    let tap =
-        device::Tap::open(tap_name).with_context(|| format!("net-demux: cannot open the TAP {tap_name}"))?;
-    let listener =
-        control::listen(path).with_context(|| format!("net-demux: cannot listen at {}", path.display()))?;
+    let tap = device::Tap::open(tap_name).with_context(|| format!("cannot open the TAP {tap_name}"))?;
+    let listener = control::listen(path).with_context(|| format!("cannot listen at {}", path.display()))?;
     let [a, b, c, d, e, f] = nic.mac;
-    let mut shell = shell::Shell::new(nic, tap, listener).context("net-demux: cannot start")?;
+    let mut shell = shell::Shell::new(nic, tap, listener).context("cannot start")?;
     eprintln!(
         "net-demux: ready: NIC {nic_name} ({a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}), host {tap_name}, control {}",
         path.display()
     );
-    shell.run().with_context(|| format!("net-demux: lost {nic_name} or {tap_name}"))
+    shell.run().with_context(|| format!("lost {nic_name} or {tap_name}"))
 }

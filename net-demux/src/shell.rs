@@ -184,7 +184,7 @@ impl Shell {
                     if partial_checksum {
                         complete_checksum(frame);
                     }
-                    self.engine.from_nic(now, frame, &mut self.wires);
+                    self.engine.nic_frame(now, frame, &mut self.wires);
                 }
                 Err(error) if error.raw_os_error() == Some(libc::ENETDOWN) => {
                     eprintln!("net-demux: the NIC is down");
@@ -203,7 +203,7 @@ impl Shell {
                 break;
             }
             let Some(length) = self.wires.tap.recv(buf)? else { break };
-            self.engine.from_host(now, buf.get_mut(..length).unwrap_or(&mut []), &mut self.wires);
+            self.engine.host_frame(now, buf.get_mut(..length).unwrap_or(&mut []), &mut self.wires);
         }
         Ok(())
     }
@@ -258,7 +258,7 @@ impl Shell {
                 }
                 return false;
             };
-            self.engine.from_sliver(now, id, buf.get_mut(..length).unwrap_or(&mut []), &mut self.wires);
+            self.engine.sliver_frame(now, id, buf.get_mut(..length).unwrap_or(&mut []), &mut self.wires);
         }
         true
     }
