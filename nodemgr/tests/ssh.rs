@@ -48,7 +48,10 @@ struct Door {
 }
 
 fn generate_key(path: &Path) -> String {
-    let done = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "a comment", "-f"]).arg(path).status();
+    let done = Command::new("ssh-keygen")
+        .args(["-q", "-t", "ed25519", "-N", "", "-C", "a comment", "-f"])
+        .arg(path)
+        .status();
     assert!(done.unwrap().success());
     std::fs::read_to_string(path.with_extension("pub")).unwrap()
 }
@@ -84,7 +87,8 @@ fn open() -> Door {
     let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
     let address = listener.local_addr().unwrap();
     runtime.spawn(serve(listener, host_key, slice.clone()));
-    std::fs::write(dir.path().join("known_hosts"), format!("[127.0.0.1]:{} {public}\n", address.port())).unwrap();
+    std::fs::write(dir.path().join("known_hosts"), format!("[127.0.0.1]:{} {public}\n", address.port()))
+        .unwrap();
     Door { address, dir, slice, _runtime: runtime }
 }
 
@@ -136,7 +140,10 @@ fn commands_run_and_tell_their_status() {
     assert_eq!((text(&uname.stdout), uname.status.code()), ("Linux\n".into(), Some(0)), "{uname:?}");
     assert_eq!(text(&uname.stderr), "", "nothing but the command's own output");
     let both = door.run(&[], &["echo out; echo err >&2; exit 42"]);
-    assert_eq!((text(&both.stdout), text(&both.stderr), both.status.code()), ("out\n".into(), "err\n".into(), Some(42)));
+    assert_eq!(
+        (text(&both.stdout), text(&both.stderr), both.status.code()),
+        ("out\n".into(), "err\n".into(), Some(42))
+    );
     assert_eq!(door.run(&[], &["kill -TERM $$"]).status.code(), Some(143));
     let env = door.run(&["-o", "SetEnv=GREETING=hello"], &["echo $GREETING $USER $PATH; pwd"]);
     assert!(text(&env.stdout).starts_with("hello root /usr/local/sbin:"), "{env:?}");
@@ -210,7 +217,11 @@ impl Terminal {
         let terminal = |slave: &OwnedFd| Stdio::from(slave.try_clone().unwrap());
         ssh.stdin(terminal(&slave)).stdout(terminal(&slave)).stderr(terminal(&slave));
         sys::in_new_session(&mut ssh, true);
-        rustix::termios::tcsetwinsize(&master, Winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
+        rustix::termios::tcsetwinsize(
+            &master,
+            Winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 },
+        )
+        .unwrap();
         Self { master, lines, ssh: ssh.spawn().unwrap() }
     }
 
@@ -272,7 +283,8 @@ fn strangers_are_refused_and_told_the_same() {
     generate_key(&door.dir.path().join("other"));
     let mut said = Vec::new();
     for (user, key) in [(SLICE, "other"), ("princeton_nobody", "key"), ("root", "key")] {
-        let refused = door.ssh_as(user, key).args(["127.0.0.1", "true"]).stdin(Stdio::null()).output().unwrap();
+        let refused =
+            door.ssh_as(user, key).args(["127.0.0.1", "true"]).stdin(Stdio::null()).output().unwrap();
         assert_eq!(refused.status.code(), Some(255), "{refused:?}");
         let stderr = text(&refused.stderr);
         assert!(stderr.contains("or") && stderr.contains("has no sliver on this node"), "{stderr}");
@@ -308,7 +320,9 @@ fn many_sessions_share_a_connection_and_keys_that_go_count_at_once() {
     while !door.run(&["-O", "check", "-o", &control], &[]).status.success() {
         std::thread::yield_now();
     }
-    let multiplexed = |command: &str| door.run(&["-o", &control, "-o", "ControlMaster=no", "-o", "ProxyCommand=false"], &[command]);
+    let multiplexed = |command: &str| {
+        door.run(&["-o", &control, "-o", "ControlMaster=no", "-o", "ProxyCommand=false"], &[command])
+    };
     std::thread::scope(|scope| {
         // More in all than one connection may have at a time.
         for worker in 0..4 {
@@ -316,7 +330,11 @@ fn many_sessions_share_a_connection_and_keys_that_go_count_at_once() {
             scope.spawn(move || {
                 for round in 0..8 {
                     let done = multiplexed(&format!("head -c 100000 /dev/zero; exit {}", worker * 8 + round));
-                    assert_eq!((done.stdout.len(), done.status.code()), (100_000, Some(worker * 8 + round)), "{done:?}");
+                    assert_eq!(
+                        (done.stdout.len(), done.status.code()),
+                        (100_000, Some(worker * 8 + round)),
+                        "{done:?}"
+                    );
                 }
             });
         }
@@ -368,7 +386,8 @@ fn a_sliver_that_does_not_answer_is_told() {
 #[test]
 fn a_guest_that_is_silent_or_hostile_is_no_sliver() {
     // Without SSH: what the exec server does with a host that does not speak its protocol.
-    for said in [&b"\x63\0\0\0\0"[..], b"\x00\xff\xff\xff\xff", b"\x01\0\0\0\x01x", b"\x00\0\0\0\x02{}", b""] {
+    for said in [&b"\x63\0\0\0\0"[..], b"\x00\xff\xff\xff\xff", b"\x01\0\0\0\x01x", b"\x00\0\0\0\x02{}", b""]
+    {
         let (mut host, guest) = UnixStream::pair().unwrap();
         host.write_all(said).unwrap();
         host.shutdown(std::net::Shutdown::Write).unwrap();

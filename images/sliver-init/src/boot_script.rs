@@ -30,7 +30,9 @@ pub fn start(script: &str, children: &Children, done: impl FnOnce(i32) + Send + 
     }
     match spawn(Path::new("/"), script, children) {
         Ok((child, output)) => {
-            std::thread::spawn(move || keep(output, open_log(), OpenOptions::new().write(true).open("/dev/console").ok()));
+            std::thread::spawn(move || {
+                keep(output, open_log(), OpenOptions::new().write(true).open("/dev/console").ok())
+            });
             std::thread::spawn(move || done(child.exit.wait()));
         }
         Err(e) => {
@@ -60,7 +62,10 @@ fn spawn(root: &Path, script: &str, children: &Children) -> io::Result<(Child, F
 }
 
 fn open_log() -> Option<File> {
-    std::fs::create_dir_all("/var/log").and_then(|()| File::create(LOG)).map_err(|e| log(format_args!("cannot write {LOG}: {e}"))).ok()
+    std::fs::create_dir_all("/var/log")
+        .and_then(|()| File::create(LOG))
+        .map_err(|e| log(format_args!("cannot write {LOG}: {e}")))
+        .ok()
 }
 
 /// Copies output until nobody can write any more. It is read in any case: a full pipe would stop the script.
@@ -78,7 +83,11 @@ fn keep(mut from: File, mut log: Option<File>, mut console: Option<File>) {
         }
         let Some(file) = &mut log else { continue };
         let size = bytes.len() as u64;
-        let written = if size > room { file.write_all(b"\n[the log ends here: it is full]\n") } else { file.write_all(bytes) };
+        let written = if size > room {
+            file.write_all(b"\n[the log ends here: it is full]\n")
+        } else {
+            file.write_all(bytes)
+        };
         if size > room || written.is_err() {
             log = None;
         }
@@ -128,7 +137,8 @@ mod tests {
         let (read, write) = rustix::pipe::pipe().unwrap();
         let path = tempfile::NamedTempFile::new().unwrap();
         let file = path.reopen().unwrap();
-        let writer = std::thread::spawn(move || File::from(write).write_all(&vec![b'x'; MAX_LOG as usize + 100_000]));
+        let writer =
+            std::thread::spawn(move || File::from(write).write_all(&vec![b'x'; MAX_LOG as usize + 100_000]));
         keep(read.into(), Some(file), None);
         writer.join().unwrap().unwrap();
         let size = path.as_file().metadata().unwrap().len();

@@ -104,7 +104,7 @@ impl Children {
         let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         let mut state = self.lock();
         if state.closed {
-            return Err(io::Error::new(io::ErrorKind::Other, "the sliver is being shut down"));
+            return Err(io::Error::other("the sliver is being shut down"));
         }
         let child = command.spawn()?;
         let pid = Pid::from_child(&child);
@@ -116,7 +116,8 @@ impl Children {
         } else {
             let waiter = self.clone();
             std::thread::Builder::new().name("waiter".into()).spawn(move || {
-                let _ = rustix::process::waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
+                let _ =
+                    rustix::process::waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
                 waiter.reap(|| rustix::process::waitpid(Some(pid), WaitOptions::NOHANG));
             })?;
         }

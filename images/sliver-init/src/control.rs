@@ -78,7 +78,9 @@ pub fn run(actions: &impl Actions, progress: &Progress) -> ! {
                     Err(e) => log(format_args!("the connection to the node manager broke: {e}")),
                 }
             }
-            Err(e) if wait == BACKOFF.0 => log(format_args!("the node manager does not answer ({e}); trying again")),
+            Err(e) if wait == BACKOFF.0 => {
+                log(format_args!("the node manager does not answer ({e}); trying again"))
+            }
             Err(_) => {}
         }
         std::thread::sleep(wait);
@@ -101,7 +103,8 @@ fn converse(
 ) -> io::Result<()> {
     {
         let mut state = progress.lock();
-        let hello = FromGuest::Hello { configured: state.configured, boot_script_exit: state.boot_script_exit };
+        let hello =
+            FromGuest::Hello { configured: state.configured, boot_script_exit: state.boot_script_exit };
         let mut host: Box<dyn Write + Send> = Box::new(write);
         send(&mut host, &hello)?;
         state.host = Some(host);
@@ -154,7 +157,9 @@ fn next_message(read: &mut impl BufRead) -> io::Result<Option<FromHost>> {
     match line.last() {
         None => Ok(None),
         Some(b'\n') => serde_json::from_slice(&line).map(Some).map_err(io::Error::other),
-        Some(_) if line.len() as u64 == longest => Err(io::Error::other(format!("a line is longer than {MAX_LINE} bytes"))),
+        Some(_) if line.len() as u64 == longest => {
+            Err(io::Error::other(format!("a line is longer than {MAX_LINE} bytes")))
+        }
         Some(_) => Err(io::ErrorKind::UnexpectedEof.into()),
     }
 }
@@ -217,9 +222,12 @@ mod tests {
         let (said, done) = talk(IDENTITY, &told, &progress);
         done.unwrap();
         let wanted = concat!(
-            r#"{"type":"hello","configured":false,"boot_script_exit":null}"#, "\n",
-            r#"{"type":"configured"}"#, "\n",
-            r#"{"type":"boot-script-done","exit":5}"#, "\n",
+            r#"{"type":"hello","configured":false,"boot_script_exit":null}"#,
+            "\n",
+            r#"{"type":"configured"}"#,
+            "\n",
+            r#"{"type":"boot-script-done","exit":5}"#,
+            "\n",
         );
         assert_eq!(said, wanted);
         let (said, _) = talk("{\"type\":\"welcome\"}\n{\"type\":\"shutdown\"}\n", &told, &progress);
@@ -227,7 +235,10 @@ mod tests {
         assert!(told.shut_down.get());
         // It is never applied twice, even when the node manager lost its memory.
         let (said, _) = talk(IDENTITY, &told, &progress);
-        assert!(said.ends_with("{\"type\":\"configured\"}\n{\"type\":\"boot-script-done\",\"exit\":5}\n"), "{said}");
+        assert!(
+            said.ends_with("{\"type\":\"configured\"}\n{\"type\":\"boot-script-done\",\"exit\":5}\n"),
+            "{said}"
+        );
         assert_eq!((told.applied.get(), told.scripts.borrow().len()), (1, 1));
     }
 

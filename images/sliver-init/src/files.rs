@@ -8,7 +8,9 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Component, Path, PathBuf};
 
-use crate::error::{Context as _, Error, Result};
+use commonage_init::error::Context as _;
+
+use crate::error::{Error, Result};
 
 /// Writes `contents` to `path` under `root` (`/` in a sliver).
 ///
@@ -33,7 +35,7 @@ pub fn lay(root: &Path, path: &str, mode: u32, contents: &[u8]) -> Result<()> {
         file.set_permissions(Permissions::from_mode(mode & 0o7777))?;
         fs::rename(&new, &target)
     };
-    write().what(what)
+    Ok(write().what(what)?)
 }
 
 /// The path without its root.

@@ -5,11 +5,12 @@
 
 use std::path::Path;
 
+use commonage_init::clock;
+use commonage_init::error::Context as _;
 use commonage_isolation_api::SliceName;
 use commonage_nodemgr_api::guest::Identity;
-use rustix::time::{ClockId, Timespec};
 
-use crate::error::{Context as _, Result};
+use crate::error::Result;
 use crate::{files, network, sys};
 
 /// Where the machine's own identifier is kept: in the sliver's disk, never in a base.
@@ -20,14 +21,12 @@ const MACHINE_ID: &str = "/var/lib/commonage/machine-id";
 /// # Errors
 /// The first thing that could not be applied.
 pub fn apply(identity: &Identity) -> Result<()> {
-    let now = identity.now;
-    let time = Timespec { tv_sec: now.as_second(), tv_nsec: now.subsec_nanosecond().max(0).into() };
-    rustix::time::clock_settime(ClockId::Realtime, time).what(|| format!("set the clock to {now}"))?;
+    clock::set(identity.now.into())?;
     sys::credit_entropy(&identity.entropy.0).what(|| "credit entropy".into())?;
     let host = host_name(&identity.slice);
     rustix::system::sethostname(host.as_bytes()).what(|| format!("set the host name {host}"))?;
     lay(Path::new("/"), identity)?;
-    network::configure(identity.address, &identity.ports)
+    Ok(network::configure(identity.address, &identity.ports)?)
 }
 
 /// Lays all files under `root`. The tenant's come last: they may replace ours.
@@ -110,8 +109,12 @@ mod tests {
         assert!(read("etc/hosts").contains("192.0.2.5 princeton-codeen\n"));
         assert_eq!(read("root/.ssh/authorized_keys"), "ssh-ed25519 AAAA one\nssh-ed25519 BBBB two\n");
         assert_eq!(read("etc/app/conf"), "x=1");
-        let mode = |path: &str| std::fs::metadata(dir.path().join(path)).unwrap().permissions().mode() & 0o7777;
-        assert_eq!((mode("root/.ssh"), mode("root/.ssh/authorized_keys"), mode("etc/app/conf")), (0o700, 0o600, 0o640));
+        let mode =
+            |path: &str| std::fs::metadata(dir.path().join(path)).unwrap().permissions().mode() & 0o7777;
+        assert_eq!(
+            (mode("root/.ssh"), mode("root/.ssh/authorized_keys"), mode("etc/app/conf")),
+            (0o700, 0o600, 0o640)
+        );
         let id = read("etc/machine-id");
         lay(dir.path(), &identity()).unwrap();
         assert_eq!(read("etc/machine-id"), id);

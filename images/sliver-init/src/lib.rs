@@ -16,7 +16,7 @@ pub mod identity;
 pub mod network;
 pub mod power;
 pub mod root;
-#[expect(unsafe_code, reason = "two things that no safe interface offers: code between fork and exec, and crediting entropy")]
+#[expect(unsafe_code, reason = "no safe interface offers code between fork and exec, or crediting entropy")]
 pub mod sys;
 
 /// Writes a line to the console, where the host keeps it.

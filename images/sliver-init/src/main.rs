@@ -5,16 +5,20 @@
 
 use std::sync::Arc;
 
+use commonage_init::signals::Signals;
 use commonage_nodemgr_api::guest::Identity;
 use commonage_sliver_init::children::Children;
 use commonage_sliver_init::control::{Actions, Progress};
 use commonage_sliver_init::root::{self, Root};
 use commonage_sliver_init::{boot_script, control, exec, identity, log, network, power};
-use rustix::process::{Resource, Rlimit};
+use rustix::event::{PollFd, PollFlags};
+use rustix::process::{Resource, Rlimit, Signal};
 use rustix::system::RebootCommand;
 
 /// The name until there is an identity.
 const NAMELESS: &[u8] = b"sliver";
+/// Signals by which programs ask PID 1 for the machine's end: `reboot`, `halt` and `poweroff` send them.
+const POWER_SIGNALS: [i32; 3] = [Signal::TERM.as_raw(), Signal::USR1.as_raw(), Signal::USR2.as_raw()];
 /// Open files a process may have, and may raise that to: enough for a network service.
 const OPEN_FILES: (u64, u64) = (4096, 524_288);
 
@@ -26,7 +30,10 @@ struct Sliver {
 impl Actions for Sliver {
     fn apply(&self, identity: &Identity) -> Result<(), String> {
         identity::apply(identity).map_err(|e| e.to_string())?;
-        log(format_args!("this is a sliver of {} with ports {}-{}", identity.slice, identity.ports.first, identity.ports.last));
+        log(format_args!(
+            "this is a sliver of {} with ports {}-{}",
+            identity.slice, identity.ports.first, identity.ports.last
+        ));
         Ok(())
     }
 
@@ -60,8 +67,15 @@ fn start() -> anyhow::Result<std::convert::Infallible> {
     let root = root::enter()?;
     rustix::system::sethostname(NAMELESS)?;
     network::bring_up_loopback()?;
+    let signals = Signals::open(&POWER_SIGNALS)?;
     let sliver = Sliver { children: Children::adopting()?, root: Arc::new(root) };
     exec::listen(&sliver.children)?;
+    let (children, root) = (sliver.children.clone(), sliver.root.clone());
+    std::thread::Builder::new().name("power".into()).spawn(move || {
+        let asked = rustix::event::poll(&mut [PollFd::new(&signals, PollFlags::IN)], None);
+        log(format_args!("a process asked for the end ({asked:?})"));
+        power::shut_down(&children, &root)
+    })?;
     log("waiting for an identity");
     control::run(&sliver, &Progress::default())
 }

@@ -7,11 +7,10 @@
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
+use commonage_init::error::{Result, write};
 use commonage_init::netlink::{Netlink, Route, Rule, TABLE_LOCAL, TABLE_MAIN};
 use commonage_nodemgr_api::guest::GATEWAY;
 use commonage_nodemgr_api::http::PortGrant;
-
-use crate::error::{Context as _, Result};
 
 /// The sliver's interface.
 const INTERFACE: &str = "eth0";
@@ -32,7 +31,7 @@ const UDP: u8 = 17;
 pub fn bring_up_loopback() -> Result<()> {
     let mut netlink = Netlink::open()?;
     let lo = netlink.link_index("lo")?;
-    Ok(netlink.set_up(lo)?)
+    netlink.set_up(lo)
 }
 
 /// Configures the interface, the routes and the rules. May be repeated.
@@ -41,8 +40,7 @@ pub fn bring_up_loopback() -> Result<()> {
 /// There is no interface, or the kernel refuses.
 pub fn configure(address: Ipv4Addr, ports: &PortGrant) -> Result<()> {
     for (name, value) in sysctls(ports) {
-        let path = format!("/proc/sys/net/ipv4/{name}");
-        std::fs::write(&path, value).what(|| format!("write {path}"))?;
+        write(format!("/proc/sys/net/{name}"), value)?;
     }
     let mut netlink = Netlink::open()?;
     let index = netlink.link_index(INTERFACE)?;
@@ -74,15 +72,17 @@ pub fn configure(address: Ipv4Addr, ports: &PortGrant) -> Result<()> {
         netlink.add_rule(&rule)?;
     }
     // Only now, when the local table is asked by another rule.
-    Ok(netlink.delete_rule(0)?)
+    netlink.delete_rule(0)
 }
 
 fn sysctls(ports: &PortGrant) -> Vec<(String, String)> {
-    let mut all = vec![("ip_local_port_range".to_owned(), format!("{} {}", ports.first, ports.last))];
+    let mut all = vec![("ipv4/ip_local_port_range".to_owned(), format!("{} {}", ports.first, ports.last))];
+    // The node shares an IPv4 address only; what IPv6 would say on the link by itself is dropped.
+    all.push((format!("ipv6/conf/{INTERFACE}/disable_ipv6"), "1".to_owned()));
     for interface in ["all", INTERFACE] {
         // What another sliver sends comes from our own address, by an interface.
-        all.push((format!("conf/{interface}/accept_local"), "1".to_owned()));
-        all.push((format!("conf/{interface}/rp_filter"), "0".to_owned()));
+        all.push((format!("ipv4/conf/{interface}/accept_local"), "1".to_owned()));
+        all.push((format!("ipv4/conf/{interface}/rp_filter"), "0".to_owned()));
     }
     all
 }

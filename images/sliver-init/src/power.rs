@@ -3,9 +3,10 @@
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::time::Duration;
 
+use commonage_init::power::{self, End};
+use commonage_init::signals::send_to_all;
 use rustix::mount::MountFlags;
 use rustix::process::Signal;
-use rustix::system::RebootCommand;
 
 use crate::children::Children;
 use crate::log;
@@ -20,11 +21,18 @@ const FORCE: Duration = Duration::from_secs(2);
 pub fn shut_down(children: &Children, root: &Root) -> ! {
     children.close();
     for (signal, patience) in [(Signal::TERM, PATIENCE), (Signal::KILL, FORCE)] {
-        signal_all(signal);
+        // Stopped processes must go on to see the signal.
+        for signal in [signal, Signal::CONT] {
+            send_to_all(signal.as_raw());
+        }
         if children.wait_childless(patience) {
             break;
         }
-        log(format_args!("some processes did not end within {} s of signal {}", patience.as_secs(), signal.as_raw()));
+        log(format_args!(
+            "some processes did not end within {} s of signal {}",
+            patience.as_secs(),
+            signal.as_raw()
+        ));
     }
     rustix::fs::sync();
     // The root is an overlay over the disk, which is mounted where no path leads any more, but the descriptor does.
@@ -36,19 +44,10 @@ pub fn shut_down(children: &Children, root: &Root) -> ! {
             log(format_args!("cannot make {mount} read-only: {e}"));
         }
     }
-    rustix::fs::sync();
     loop {
-        if let Err(e) = rustix::system::reboot(RebootCommand::Restart) {
-            log(format_args!("cannot reset the machine: {e}"));
+        if let Err(e) = power::end(End::Restart) {
+            log(e);
         }
         std::thread::sleep(FORCE);
-    }
-}
-
-/// Signals every process but this one.
-fn signal_all(signal: Signal) {
-    // `kill(-1)`; rustix has no name for it. Stopped processes must go on to see the signal.
-    for signal in [signal, Signal::CONT] {
-        crate::sys::kill_all(signal);
     }
 }

@@ -3,7 +3,6 @@
 //! The initial RAM file system cannot be unmounted or pivoted away from, so the overlay is moved over it and entered with `chroot`. What
 //! lies below stays mounted and unreachable by path; [`Root::disk`] keeps a way to it.
 
-use std::ffi::CString;
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -11,10 +10,11 @@ use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use commonage_init::error::{Context as _, Error, Result};
+use commonage_init::mounts::mount;
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::MountFlags;
 
-use crate::error::{Context as _, Error, Result};
 use crate::log;
 
 /// The shared base, an erofs image in persistent memory, and the sliver's own disk, ext4.
@@ -67,14 +67,25 @@ pub fn enter() -> Result<Root> {
 
     let open = MountFlags::NOSUID | MountFlags::NODEV;
     mount("tmpfs", "/run", "tmpfs", open, "mode=0755")?;
-    mount("devpts", "/dev/pts", "devpts", MountFlags::NOSUID | MountFlags::NOEXEC, "gid=5,mode=0620,ptmxmode=0666")?;
+    mount(
+        "devpts",
+        "/dev/pts",
+        "devpts",
+        MountFlags::NOSUID | MountFlags::NOEXEC,
+        "gid=5,mode=0620,ptmxmode=0666",
+    )?;
     mount("tmpfs", "/dev/shm", "tmpfs", open, "mode=1777")?;
     mount("cgroup2", "/sys/fs/cgroup", "cgroup2", nothing_special, "")?;
-    for (link, to) in
-        [("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")]
-    {
+    for (link, to) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+    ] {
         match symlink(to, format!("/dev/{link}")) {
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => log(format_args!("cannot make /dev/{link}: {e}")),
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
+                log(format_args!("cannot make /dev/{link}: {e}"))
+            }
             _ => {}
         }
     }
@@ -88,23 +99,13 @@ fn clear_tmp(tmp: &Path) -> io::Result<()> {
     fs::set_permissions(tmp, Permissions::from_mode(0o1777))?;
     for entry in fs::read_dir(tmp)? {
         let entry = entry?;
-        if entry.file_type()?.is_dir() { fs::remove_dir_all(entry.path())? } else { fs::remove_file(entry.path())? }
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?
+        } else {
+            fs::remove_file(entry.path())?
+        }
     }
     Ok(())
-}
-
-fn mount(source: &str, target: &str, kind: &str, flags: MountFlags, options: &str) -> Result<()> {
-    let what = || format!("mount {source} ({kind}) at {target}");
-    let options = CString::new(options).map_err(io::Error::other).what(what)?;
-    // `/sys/fs/cgroup` and its like exist already, and cannot be made.
-    if !Path::new(target).is_dir() {
-        make_dir(target)?;
-    }
-    match rustix::mount::mount(source, target, kind, flags, options.as_c_str()) {
-        // The kernel may have mounted /dev itself.
-        Err(rustix::io::Errno::BUSY) if kind == "devtmpfs" => Ok(()),
-        done => done.what(what),
-    }
 }
 
 fn make_dir(path: &str) -> Result<()> {
@@ -115,7 +116,8 @@ fn appear(device: &str) -> Result<()> {
     let end = Instant::now() + DEVICE_PATIENCE;
     while !Path::new(device).exists() {
         if Instant::now() > end {
-            return Err(Error::NoDevice(device.to_owned()));
+            let why = "the machine's configuration lacks it, or the kernel its driver";
+            return Err(Error::TimedOut(format!("{device} has not appeared: {why}")));
         }
         std::thread::sleep(Duration::from_millis(2));
     }

@@ -1,4 +1,4 @@
-//! The two things that need `unsafe`: code between fork and exec, and crediting entropy.
+//! What needs `unsafe`: code between fork and exec, and crediting entropy.
 
 use std::io;
 use std::os::fd::AsRawFd as _;
@@ -13,8 +13,9 @@ const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
 /// `_IO('R', 0x07)`, linux/random.h.
 const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
 
-/// The command will lead a session of its own; with `terminal` its standard input becomes the session's controlling terminal.
+/// The command will lead a session of its own and receive all signals; with `terminal` its standard input becomes the session's controlling terminal.
 pub fn in_new_session(command: &mut Command, terminal: bool) {
+    commonage_init::signals::unblock_in(command);
     let between = move || {
         rustix::process::setsid()?;
         if terminal {
@@ -62,13 +63,4 @@ pub fn credit_entropy(bytes: &[u8]) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
-}
-
-/// Sends a signal to every process but the caller, which must be PID 1.
-pub fn kill_all(signal: rustix::process::Signal) {
-    if std::process::id() != 1 {
-        return;
-    }
-    // SAFETY: takes no pointers. That there is nobody to signal is no error here.
-    unsafe { libc::kill(-1, signal.as_raw()) };
 }

@@ -271,7 +271,10 @@ mod tests {
 
     #[test]
     fn what_cannot_be_sent_is_refused() {
-        assert_eq!(Frame::Stdin(vec![0; MAX_PAYLOAD + 1]).encode(), Err(FrameError::TooLong(MAX_PAYLOAD + 1)));
+        assert_eq!(
+            Frame::Stdin(vec![0; MAX_PAYLOAD + 1]).encode(),
+            Err(FrameError::TooLong(MAX_PAYLOAD + 1))
+        );
         assert!(Frame::Stdin(vec![0; MAX_PAYLOAD]).encode().is_ok());
     }
 }

@@ -22,7 +22,8 @@ pub const EXEC_PORT: u32 = 808;
 /// Longest line, bytes: the files of an identity must fit.
 pub const MAX_LINE: usize = 4 << 20;
 /// The gateway every guest sees, and its MAC address.
-pub const GATEWAY: (Ipv4Addr, [u8; 6]) = (Ipv4Addr::new(169, 254, 1, 1), [0x02, 0xff, 0xff, 0xff, 0xff, 0xff]);
+pub const GATEWAY: (Ipv4Addr, [u8; 6]) =
+    (Ipv4Addr::new(169, 254, 1, 1), [0x02, 0xff, 0xff, 0xff, 0xff, 0xff]);
 
 /// Guest to host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

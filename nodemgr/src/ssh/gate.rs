@@ -150,11 +150,16 @@ fn ended(stream: &TcpStream) -> bool {
     let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
     let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
     let none = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-    rustix::event::poll(&mut fds, Some(&none)).is_ok_and(|n| n > 0) && fds.iter().any(|fd| fd.revents().intersects(gone))
+    rustix::event::poll(&mut fds, Some(&none)).is_ok_and(|n| n > 0)
+        && fds.iter().any(|fd| fd.revents().intersects(gone))
 }
 
 impl AsyncRead for Gated {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         {
             let mut state = self.gate.lock();
             if state.cut {

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use commonage_nodemgr_api::exec::{Command, Pty, Start, WindowSize};
 use russh::keys::PublicKey;
-use russh::server::{Auth, ChannelOpenHandle, Handler, Msg, PublicKeyOffer, Response, Session, VerifiedPublicKey};
+use russh::server::{
+    Auth, ChannelOpenHandle, Handler, Msg, PublicKeyOffer, Response, Session, VerifiedPublicKey,
+};
 use russh::{Channel, ChannelId, ChannelOpenFailure, MethodKind, MethodSet, Sig};
 use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
@@ -72,14 +74,21 @@ impl Visitor {
     }
 
     /// Starts the one command a session may run.
-    fn start(&mut self, channel: ChannelId, command: Command, session: &mut Session) -> Result<(), russh::Error> {
+    fn start(
+        &mut self,
+        channel: ChannelId,
+        command: Command,
+        session: &mut Session,
+    ) -> Result<(), russh::Error> {
         let Some(Stage::Fresh { output, env, pty }) = self.sessions.get_mut(&channel) else {
             return session.channel_failure(channel);
         };
         let start = Start { command, env: std::mem::take(env), pty: pty.take() };
         let output = output.clone();
         // Keys that were taken away since the login count from now on; nothing that runs is ended for it.
-        let Some((slice, login)) = self.who.as_ref().and_then(|(slice, key)| Some((slice, self.admit(slice, key)?))) else {
+        let Some((slice, login)) =
+            self.who.as_ref().and_then(|(slice, key)| Some((slice, self.admit(slice, key)?)))
+        else {
             return self.refuse(channel, "this key is no longer one of the slice's", session);
         };
         tracing::info!(peer = %self.peer, slice, pty = start.pty.is_some(), "SSH session");
@@ -120,7 +129,10 @@ fn rejected() -> Auth {
 
 /// Rejected, and asking again is of no use.
 fn rejected_for_good() -> Auth {
-    Auth::Reject { proceed_with_methods: Some(MethodSet::from(&[MethodKind::PublicKey][..])), partial_success: false }
+    Auth::Reject {
+        proceed_with_methods: Some(MethodSet::from(&[MethodKind::PublicKey][..])),
+        partial_success: false,
+    }
 }
 
 fn window_size(cols: u32, rows: u32) -> WindowSize {
@@ -151,7 +163,11 @@ fn signal_number(signal: &Sig) -> Option<u8> {
 impl Handler for Visitor {
     type Error = russh::Error;
 
-    async fn auth_publickey_offered(&mut self, user: &str, offer: PublicKeyOffer<'_>) -> Result<Auth, Self::Error> {
+    async fn auth_publickey_offered(
+        &mut self,
+        user: &str,
+        offer: PublicKeyOffer<'_>,
+    ) -> Result<Auth, Self::Error> {
         Ok(if self.admit(user, offer.public_key).is_some() { Auth::Accept } else { rejected() })
     }
 
@@ -171,7 +187,11 @@ impl Handler for Visitor {
         response: Option<Response<'a>>,
     ) -> Result<Auth, Self::Error> {
         Ok(match response {
-            None => Auth::Partial { name: "".into(), instructions: advice(user).into(), prompts: Vec::new().into() },
+            None => Auth::Partial {
+                name: "".into(),
+                instructions: advice(user).into(),
+                prompts: Vec::new().into(),
+            },
             Some(_) => rejected_for_good(),
         })
     }
@@ -211,7 +231,12 @@ impl Handler for Visitor {
         Ok(())
     }
 
-    async fn data(&mut self, channel: ChannelId, data: &[u8], _session: &mut Session) -> Result<(), Self::Error> {
+    async fn data(
+        &mut self,
+        channel: ChannelId,
+        data: &[u8],
+        _session: &mut Session,
+    ) -> Result<(), Self::Error> {
         self.input(channel, Input::Data(data.to_vec()));
         Ok(())
     }
@@ -265,7 +290,12 @@ impl Handler for Visitor {
         self.start(channel, Command::Shell, session)
     }
 
-    async fn exec_request(&mut self, channel: ChannelId, data: &[u8], session: &mut Session) -> Result<(), Self::Error> {
+    async fn exec_request(
+        &mut self,
+        channel: ChannelId,
+        data: &[u8],
+        session: &mut Session,
+    ) -> Result<(), Self::Error> {
         match std::str::from_utf8(data) {
             Ok(line) => self.start(channel, Command::Line(line.to_owned()), session),
             Err(_) => session.channel_failure(channel),
@@ -313,7 +343,12 @@ impl Handler for Visitor {
         Ok(())
     }
 
-    async fn signal(&mut self, channel: ChannelId, signal: Sig, _session: &mut Session) -> Result<(), Self::Error> {
+    async fn signal(
+        &mut self,
+        channel: ChannelId,
+        signal: Sig,
+        _session: &mut Session,
+    ) -> Result<(), Self::Error> {
         if let Some(number) = signal_number(&signal) {
             self.input(channel, Input::Signal(number));
         }

@@ -38,7 +38,9 @@ pub enum SshError {
         source: std::io::Error,
     },
     /// The file is no host key.
-    #[error("the SSH host key {path} cannot be used: {why}; remove it and a new one is made, which users' known_hosts will not know")]
+    #[error(
+        "the SSH host key {path} cannot be used: {why}; remove it and a new one is made, which users' known_hosts will not know"
+    )]
     HostKey {
         /// The file.
         path: String,
@@ -71,7 +73,11 @@ impl Default for Limits {
 const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(20), 6);
 
 /// Serves everybody who connects, until the listener fails for good. Must run inside a tokio runtime.
-pub async fn serve(listener: TcpListener, host_key: HostKey, directory: impl Directory) -> std::io::Result<()> {
+pub async fn serve(
+    listener: TcpListener,
+    host_key: HostKey,
+    directory: impl Directory,
+) -> std::io::Result<()> {
     serve_within(listener, host_key, directory, Limits::default()).await
 }
 

@@ -9,11 +9,11 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use commonage_init::error::{Context as _, Result};
 use commonage_nodemgr_api::guest::EXEC_PORT;
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener};
 
 use crate::children::Children;
-use crate::error::{Context as _, Result};
 use crate::log;
 
 pub mod process;

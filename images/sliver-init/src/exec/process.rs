@@ -33,11 +33,16 @@ impl Account {
         // The file is the tenant's and need not be text.
         let text = std::fs::read(passwd).unwrap_or_default();
         let account = Self::parse(&String::from_utf8_lossy(&text));
-        if Path::new(&account.shell).exists() { account } else { Self { shell: DEFAULT_SHELL.into(), ..account } }
+        if Path::new(&account.shell).exists() {
+            account
+        } else {
+            Self { shell: DEFAULT_SHELL.into(), ..account }
+        }
     }
 
     fn parse(passwd: &str) -> Self {
-        let mut fields = passwd.lines().find(|line| line.starts_with("root:")).unwrap_or_default().split(':').skip(5);
+        let mut fields =
+            passwd.lines().find(|line| line.starts_with("root:")).unwrap_or_default().split(':').skip(5);
         let mut field = |default: &str| {
             fields.next().map(str::trim).filter(|f| f.starts_with('/')).unwrap_or(default).to_owned()
         };
@@ -56,7 +61,8 @@ impl Account {
             What::Shell => {
                 let mut shell = Command::new(&self.shell);
                 // A leading hyphen makes it a login shell.
-                let name = Path::new(&self.shell).file_name().unwrap_or_default().to_string_lossy().into_owned();
+                let name =
+                    Path::new(&self.shell).file_name().unwrap_or_default().to_string_lossy().into_owned();
                 shell.arg0(format!("-{name}"));
                 shell
             }
@@ -118,7 +124,8 @@ pub fn spawn(start: &Start, account: &Account, children: &Children) -> io::Resul
         Some(pty) => on_terminal(&mut command, pty, children),
         None => on_pipes(&mut command, children),
     };
-    process.map_err(|e| io::Error::new(e.kind(), format!("cannot run {}: {e}", command.get_program().display())))
+    process
+        .map_err(|e| io::Error::new(e.kind(), format!("cannot run {}: {e}", command.get_program().display())))
 }
 
 fn on_pipes(command: &mut Command, children: &Children) -> io::Result<Process> {
@@ -190,8 +197,19 @@ mod tests {
             (home, shell)
         };
         let usual = ("/root".to_owned(), "/bin/sh".to_owned());
-        assert_eq!(parse("daemon:x:1\nroot:x:0:0:root:/home/r:/bin/bash\n"), ("/home/r".into(), "/bin/bash".into()));
-        for text in ["", "root", "root:", "root:x:0:0:root", "root:x:0:0:root::", "root:x:0:0::rel:nologin", "toor:x:0:0::/a:/b"] {
+        assert_eq!(
+            parse("daemon:x:1\nroot:x:0:0:root:/home/r:/bin/bash\n"),
+            ("/home/r".into(), "/bin/bash".into())
+        );
+        for text in [
+            "",
+            "root",
+            "root:",
+            "root:x:0:0:root",
+            "root:x:0:0:root::",
+            "root:x:0:0::rel:nologin",
+            "toor:x:0:0::/a:/b",
+        ] {
             assert_eq!(parse(text), usual, "{text:?}");
         }
         assert_eq!(Account::of_root(Path::new("/nonexistent")).home, "/root");

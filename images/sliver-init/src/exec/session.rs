@@ -212,9 +212,8 @@ impl Session {
         let error = add(fd(&process.error), reads_command, PollFlags::IN);
         let exit = add(Some(process.exit.as_fd()), !ended, PollFlags::IN);
         let count = poll(&mut fds, (ended && self.to_host.is_empty()).then_some(GRACE.0))?;
-        let ready = |index: Option<usize>| {
-            index.and_then(|i| fds.get(i)).is_some_and(|fd| !fd.revents().is_empty())
-        };
+        let ready =
+            |index: Option<usize>| index.and_then(|i| fds.get(i)).is_some_and(|fd| !fd.revents().is_empty());
         let host = fds.first().map_or(PollFlags::empty(), PollFd::revents);
         Ok(Ready {
             nothing: count == 0,
@@ -275,7 +274,11 @@ impl Session {
     }
 
     /// Reads what the command wrote; drops the descriptor at its end.
-    fn read_command(&mut self, from: &mut Option<OwnedFd>, frame: impl FnOnce(Vec<u8>) -> Frame) -> io::Result<()> {
+    fn read_command(
+        &mut self,
+        from: &mut Option<OwnedFd>,
+        frame: impl FnOnce(Vec<u8>) -> Frame,
+    ) -> io::Result<()> {
         let Some(fd) = from else { return Ok(()) };
         let mut chunk = [0; CHUNK];
         match rustix::io::read(&*fd, &mut chunk) {
@@ -339,7 +342,10 @@ fn broken(e: FrameError) -> io::Error {
 
 /// Number of descriptors that are ready; 0 when the time is over.
 fn poll(fds: &mut [PollFd<'_>], patience: Option<Duration>) -> io::Result<usize> {
-    let patience = patience.map(|p| Timespec { tv_sec: p.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: p.subsec_nanos().into() });
+    let patience = patience.map(|p| Timespec {
+        tv_sec: p.as_secs().try_into().unwrap_or(i64::MAX),
+        tv_nsec: p.subsec_nanos().into(),
+    });
     loop {
         match rustix::event::poll(fds, patience.as_ref()) {
             Err(Errno::INTR) => {}
