@@ -5,7 +5,7 @@
 //!
 //! Invariants, whatever the guest sends:
 //! * at most [`MAX_STREAMS`] streams, [`MAX_GREETINGS`] clients that have not named their port, [`MAX_RESETS`] resets that wait;
-//! * a guest's packets are taken even while it takes none of ours (as 5.10.6.4 asks): waiting for each other would be for ever. The
+//! * a guest's packets are taken even while it takes none of ours (5.10.6, Virtqueue Flow Control): waiting for each other would be for ever. The
 //!   price is that resets beyond [`MAX_RESETS`] are lost, which a guest can only bring upon itself;
 //! * every stream that ends for a reason other than the guest's own RST tells the guest so by RST;
 //! * a stream the guest has left lives on, nameless, until the host has read what the guest sent before.
