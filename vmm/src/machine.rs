@@ -264,12 +264,11 @@ fn guest_memory(memory_mib: u32) -> Result<Memory, MachineError> {
         .map_err(|error| MachineError::Host { what: "map guest memory", source: io::Error::other(error) })
 }
 
-/// The devices that `config` asks for, in the order of their register pages.
-fn devices(
-    config: &MachineConfig,
-    vm: &mut Vm,
-) -> Result<(Vec<Box<dyn VirtioDevice>>, Option<RingFds>), MachineError> {
-    let mut devices: Vec<Box<dyn VirtioDevice>> = vec![Box::new(Rng::default())];
+type Devices = Vec<Box<dyn VirtioDevice>>;
+
+/// The devices that `config` asks for, in the order of their register pages, and net-demux's side of the network ring.
+fn devices(config: &MachineConfig, vm: &mut Vm) -> Result<(Devices, Option<RingFds>), MachineError> {
+    let mut devices: Devices = vec![Box::new(Rng::default())];
     if let Some(path) = &config.base {
         let file = File::open(path).map_err(file_error("open the base image", path))?;
         let mapping = ReadOnlyMapping::new(&file).map_err(file_error("map the base image", path))?;
@@ -312,11 +311,7 @@ struct Transports {
 }
 
 /// Puts each device behind a register page and connects its notifications and its interrupt.
-fn connect(
-    vm: &Vm,
-    reactor: &Reactor,
-    devices: Vec<Box<dyn VirtioDevice>>,
-) -> Result<Transports, MachineError> {
+fn connect(vm: &Vm, reactor: &Reactor, devices: Devices) -> Result<Transports, MachineError> {
     let mut pages = Vec::new();
     let mut parameters = Vec::new();
     for (index, device) in devices.into_iter().enumerate() {

@@ -3,16 +3,19 @@
 //! as root to see privileges dropped.
 //!
 //! The guest's init is a shell script; it answers through its disk, its console and its network.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
+use std::fs::Permissions;
 use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use commonage_net_demux_api::ring::{Endpoint, MAX_FRAME, RingFds};
-use commonage_vmm_api::{ExitReason, MachineConfig, NetConfig, Request, Response};
+use commonage_vmm_api::{ExitReason, MachineConfig, NetConfig, Request, Response, VsockConfig};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use tempfile::TempDir;
@@ -31,7 +34,7 @@ impl Machine {
     fn new(script: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
-        std::fs::write(path("initrd"), initrd(script)).unwrap();
+        std::fs::write(path("initrd"), initrd(script, &[])).unwrap();
         let config = MachineConfig {
             kernel: std::env::var_os("SLIVER_KERNEL").expect("SLIVER_KERNEL names a sliver kernel").into(),
             initrd: Some(path("initrd")),
@@ -56,7 +59,8 @@ impl Machine {
     fn start(&self) -> Child {
         let config = self.path("machine.json");
         std::fs::write(&config, serde_json::to_vec(&self.config).unwrap()).unwrap();
-        let binary = std::env::var_os("SLIVER_VMM").unwrap_or_else(|| env!("CARGO_BIN_EXE_sliver-vmm").into());
+        let binary =
+            std::env::var_os("SLIVER_VMM").unwrap_or_else(|| env!("CARGO_BIN_EXE_sliver-vmm").into());
         Command::new(binary).arg("--config").arg(config).stderr(Stdio::piped()).spawn().unwrap()
     }
 
@@ -93,8 +97,8 @@ fn answer(stream: &UnixStream) -> Response {
     serde_json::from_str(&line).unwrap()
 }
 
-/// A cpio archive ("newc") of busybox and an init that runs `script`.
-fn initrd(script: &str) -> Vec<u8> {
+/// A cpio archive ("newc") of busybox, `files` (name and content) in /bin, and an init that runs `script`.
+fn initrd(script: &str, files: &[(&str, &[u8])]) -> Vec<u8> {
     let mut archive = Vec::new();
     let mut add = |name: &str, mode: u32, content: &[u8]| {
         let fields = [0, mode, 0, 0, 1, 0, content.len() as u32, 0, 0, 0, 0, name.len() as u32 + 1, 0];
@@ -116,6 +120,9 @@ fn initrd(script: &str) -> Vec<u8> {
         add(directory, 0o040755, &[]);
     }
     add("bin/busybox", 0o100755, &std::fs::read("/bin/busybox").unwrap());
+    for (name, content) in files {
+        add(&format!("bin/{name}"), 0o100755, content);
+    }
     add("init", 0o100755, init.as_bytes());
     add("TRAILER!!!", 0, &[]);
     archive
@@ -183,7 +190,8 @@ fn control_tells_status_and_end_and_privileges_are_gone() {
 
     let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
     let field = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("no {name}"));
+        let line =
+            status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("no {name}"));
         line.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
     };
     assert_eq!(field("NoNewPrivs:"), ["1"]);
@@ -246,10 +254,8 @@ fn a_guest_pings_through_the_ring() {
                 echoed += 1;
             }
         }
-        let mut fds = [
-            PollFd::from_borrowed_fd(demux.event(), PollFlags::IN),
-            PollFd::new(&ending, PollFlags::IN),
-        ];
+        let mut fds =
+            [PollFd::from_borrowed_fd(demux.event(), PollFlags::IN), PollFd::new(&ending, PollFlags::IN)];
         rustix::event::poll(&mut fds, None).unwrap();
         if !fds[1].revents().is_empty() {
             break;
@@ -259,6 +265,71 @@ fn a_guest_pings_through_the_ring() {
     child.wait().unwrap();
     assert_eq!(echoed, 3, "{}", machine.console());
     assert!(machine.console().contains("3 packets received"), "{}", machine.console());
+}
+
+/// Not a test: the guest's half of [`streams_go_both_ways_over_vsock`], run by its init.
+#[test]
+#[ignore = "runs inside a guest"]
+fn guest_of_the_vsock_test() {
+    if std::env::var_os("IN_GUEST").is_none() {
+        return;
+    }
+    let listener = vsock::VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, 808).unwrap();
+    let mut host = vsock::VsockStream::connect_with_cid_port(vsock::VMADDR_CID_HOST, 806).unwrap();
+    host.write_all(b"listening").unwrap();
+    host.shutdown(std::net::Shutdown::Write).unwrap();
+    let (mut stream, _) = listener.accept().unwrap();
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).unwrap();
+    bytes.reverse();
+    stream.write_all(&bytes).unwrap();
+    stream.shutdown(std::net::Shutdown::Both).unwrap();
+    let mut answer = String::new();
+    host.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "that is all");
+    assert!(vsock::VsockStream::connect_with_cid_port(vsock::VMADDR_CID_HOST, 999).is_err());
+    println!("VSOCK DONE");
+}
+
+#[test]
+#[ignore = "needs KVM, SLIVER_KERNEL and /bin/busybox"]
+fn streams_go_both_ways_over_vsock() {
+    let mut machine = Machine::new("");
+    let script = "ifconfig lo up\nIN_GUEST=1 guest --ignored --exact --nocapture guest_of_the_vsock_test";
+    let itself = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+    std::fs::write(machine.path("initrd"), initrd(script, &[("guest", &itself)])).unwrap();
+    machine.config.memory_mib = 192;
+    let path = machine.path("vsock.sock");
+    machine.config.vsock = Some(VsockConfig { cid: 3, path: path.clone() });
+    if rustix::process::geteuid().is_root() {
+        machine.config.uid = Some(UID);
+        std::os::unix::fs::chown(machine.directory.path(), Some(UID), Some(UID)).unwrap();
+    }
+    let listener = UnixListener::bind(machine.path("vsock.sock_806")).unwrap();
+    std::fs::set_permissions(machine.path("vsock.sock_806"), Permissions::from_mode(0o666)).unwrap();
+    let mut child = machine.start();
+    let (mut from_guest, _) = listener.accept().unwrap();
+    let mut bytes = Vec::new();
+    from_guest.read_to_end(&mut bytes).unwrap();
+    assert_eq!(bytes, b"listening");
+
+    let mut to_guest = UnixStream::connect(&path).unwrap();
+    to_guest.write_all(b"CONNECT 808\n").unwrap();
+    let mut reader = BufReader::new(to_guest.try_clone().unwrap());
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    assert!(line.starts_with("OK "), "{line:?}");
+    let sent: Vec<u8> = (0..1_000_000u32).map(|at| (at % 251) as u8).collect();
+    to_guest.write_all(&sent).unwrap();
+    to_guest.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut back = Vec::new();
+    reader.read_to_end(&mut back).unwrap();
+    back.reverse();
+    assert!(back == sent, "{} bytes came back, {} were sent", back.len(), sent.len());
+    from_guest.write_all(b"that is all").unwrap();
+    drop(from_guest);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(machine.console().contains("VSOCK DONE"), "{}", machine.console());
 }
 
 fn receive_ring(client: &UnixStream) -> RingFds {

@@ -93,7 +93,7 @@ fn parse(memory: &Memory, sectors: u64, output: Segments, input: Segments) -> Re
 fn byte_offset(sectors: u64, sector: u64, len: u64) -> Result<u64, Refusal> {
     let end = sector.checked_add(len / SECTOR).filter(|end| *end <= sectors);
     match end {
-        Some(_) if len % SECTOR == 0 => sector.checked_mul(SECTOR).ok_or(Refusal::IoError),
+        Some(_) if len.is_multiple_of(SECTOR) => sector.checked_mul(SECTOR).ok_or(Refusal::IoError),
         _ => Err(Refusal::IoError),
     }
 }
@@ -170,12 +170,20 @@ impl Disk {
                 .ok_or_else(|| io::Error::other("id buffer outside guest memory")),
             Request::Erase { len: 0, .. } => Ok(0),
             Request::Erase { offset, len, unmap } => {
-                // A hole reads as zeroes, so it serves discard and write-zeroes alike; without unmap the blocks stay allocated.
-                let how = if *unmap { FallocateFlags::PUNCH_HOLE } else { FallocateFlags::ZERO_RANGE };
-                rustix::fs::fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, *offset, *len)?;
+                self.erase(*offset, *len, *unmap)?;
                 Ok(0)
             }
         }
+    }
+
+    /// A hole reads as zeroes, so it serves discard and write-zeroes alike. Without `unmap` the blocks stay allocated where the file system
+    /// can do that.
+    fn erase(&self, offset: u64, len: u64, unmap: bool) -> rustix::io::Result<()> {
+        let how = |flags| rustix::fs::fallocate(&self.file, flags | FallocateFlags::KEEP_SIZE, offset, len);
+        if !unmap && how(FallocateFlags::ZERO_RANGE).is_ok() {
+            return Ok(());
+        }
+        how(FallocateFlags::PUNCH_HOLE)
     }
 }
 
