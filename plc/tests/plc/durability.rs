@@ -99,6 +99,7 @@ fn plcd(state: &Path) -> Child {
         .args(["--listen", "127.0.0.1:0", "--state"])
         .arg(state)
         .env("RUST_LOG", "warn")
+        .env("RUST_BACKTRACE", "0")
         .stdout(Stdio::piped())
         .spawn()
         .unwrap()
