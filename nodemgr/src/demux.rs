@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use commonage_net_demux_api::control::{MAX_PACKET, PortGrant, Request, Response, SliverId};
+use commonage_net_demux_api::control::{MAX_PACKET, PortGrant, Request, Response, SliverId, SliverStatus};
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
     SocketFlags, SocketType,
@@ -59,6 +59,7 @@ pub struct Demux {
 enum Command {
     Attach(Box<Attachment>, oneshot::Sender<Result<(), String>>),
     Detach(SliverId, oneshot::Sender<()>),
+    Status(SliverId, oneshot::Sender<SliverStatus>),
 }
 
 impl Demux {
@@ -91,6 +92,13 @@ impl Demux {
         if self.commands.send(Command::Detach(sliver, answer)).await.is_ok() {
             answered.await.ok();
         }
+    }
+
+    /// What net-demux counted for a sliver; `None` while it is away or does not have it.
+    pub async fn status(&self, sliver: SliverId) -> Option<SliverStatus> {
+        let (answer, answered) = oneshot::channel();
+        self.commands.send(Command::Status(sliver, answer)).await.ok()?;
+        answered.await.ok()
     }
 }
 
@@ -178,6 +186,8 @@ impl Client {
                         self.expected.remove(&sliver);
                         answer.send(()).ok();
                     }
+                    // Dropping the answer says that there is none.
+                    Some(Command::Status(..)) => {}
                     None => return false,
                 },
             }
@@ -236,6 +246,14 @@ impl Client {
                 let result = connection.ask(&Request::Detach { sliver }, None).await;
                 answer.send(()).ok();
                 result.map(drop)
+            }
+            Command::Status(sliver, answer) => {
+                if let Response::List { slivers, .. } = connection.ask(&Request::List, None).await?
+                    && let Some(status) = slivers.into_iter().find(|s| s.sliver == sliver)
+                {
+                    answer.send(status).ok();
+                }
+                Ok(())
             }
         }
     }

@@ -13,9 +13,9 @@ use clap::Parser;
 use commonage_isolation::cgroup::Cgroups;
 use commonage_isolation::{Capacity, PortRange};
 use commonage_nodemgr::capacity::{self, Said};
+use commonage_nodemgr::host;
 use commonage_nodemgr::manager::{Manager, Settings};
 use commonage_nodemgr::ssh::{self, HostKey};
-use commonage_nodemgr::host;
 use commonage_plc_api::boot::NodeConfig;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
@@ -85,9 +85,10 @@ async fn run(args: Args) -> Result<()> {
     // Signals first: from here on none is lost.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let text = std::fs::read(&args.node_config).with_context(|| format!("cannot read {}", args.node_config.display()))?;
-    let node: NodeConfig =
-        serde_json::from_slice(&text).with_context(|| format!("{} is damaged", args.node_config.display()))?;
+    let text = std::fs::read(&args.node_config)
+        .with_context(|| format!("cannot read {}", args.node_config.display()))?;
+    let node: NodeConfig = serde_json::from_slice(&text)
+        .with_context(|| format!("{} is damaged", args.node_config.display()))?;
     let ports = PortRange { first: args.first_port, last: args.last_port };
     let said = Said { memory_mib: args.memory_mib, disk_mib: args.disk_mib, pids: args.pids };
     let capacity = capacity::of_machine(&args.state, said, args.link_bps, ports)?;

@@ -15,7 +15,7 @@ use commonage_isolation_api::{NodeId, Rcap, SliceName};
 use commonage_net_demux_api::control::SliverId;
 use commonage_nodemgr_api::error::{ApiError, Code};
 use commonage_nodemgr_api::http::{
-    self, Acquire, Acquired, Bind, Node, Renew, Sliver, SliverConfig, SliverState,
+    self, Acquire, Acquired, Bind, Network, Node, Renew, Sliver, SliverConfig, SliverState,
 };
 use jiff::{SignedDuration, Timestamp};
 use tokio::sync::{Notify, Semaphore, watch};
@@ -298,6 +298,25 @@ impl Manager {
             free,
             now,
         }
+    }
+
+    /// What net-demux counted of the caller's traffic.
+    ///
+    /// # Errors
+    /// net-demux is away, or the caller's machine is not attached.
+    pub async fn network(&self, caller: &SliceName) -> Result<Network, ApiError> {
+        let uid = self.book().sliver(caller).map(|s| s.uid);
+        let status = match uid {
+            Some(uid) => self.demux.status(SliverId(uid)).await,
+            None => None,
+        };
+        let away = || {
+            ApiError::new(Code::Unavailable, "net-demux does not answer for this sliver now")
+                .hint("it may be restarting: ask again")
+        };
+        let s = status.ok_or_else(away)?;
+        let (tx_frames, tx_bytes, rx_frames, rx_bytes) = (s.tx_frames, s.tx_bytes, s.rx_frames, s.rx_bytes);
+        Ok(Network { tx_frames, tx_bytes, rx_frames, rx_bytes, drops: s.drops })
     }
 
     /// Bases the node has: `base-NAME.erofs` on the image partition.

@@ -15,7 +15,9 @@
 //! | `DELETE /v1/slivers/{slice}` | who bound it | → `{}`; machine, ports, memory, disk and rcap are gone |
 //! | `POST /v1/slivers/{slice}/exec` | who bound it | [`Exec`] → [`ExecResult`] |
 //! | `GET /v1/node` | anyone | → [`Node`] |
+//! | `GET /v1/network` | anyone: its own traffic | → [`Network`] |
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 pub use commonage_isolation_api::PortGrant;
@@ -211,4 +213,19 @@ pub struct Node {
     pub free: Capacity,
     /// Unix time, so that a guest can set its clock.
     pub now: Timestamp,
+}
+
+/// What net-demux counted of the caller's traffic since its ring was attached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Network {
+    /// Frames it sent that went on.
+    pub tx_frames: u64,
+    /// Bytes of those.
+    pub tx_bytes: u64,
+    /// Frames delivered to it.
+    pub rx_frames: u64,
+    /// Bytes of those.
+    pub rx_bytes: u64,
+    /// Frames dropped, by reason.
+    pub drops: BTreeMap<String, u64>,
 }

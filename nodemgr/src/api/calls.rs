@@ -8,7 +8,7 @@ use axum::{Json, Router};
 use commonage_isolation_api::{Rcap, SliceName};
 use commonage_nodemgr_api::error::ApiError;
 use commonage_nodemgr_api::http::{
-    Acquire, Acquired, Bind, Exec, ExecResult, Node, Release, Renew, Sliver, SliverConfig,
+    Acquire, Acquired, Bind, Exec, ExecResult, Network, Node, Release, Renew, Sliver, SliverConfig,
 };
 use serde::Serialize;
 
@@ -43,6 +43,7 @@ pub fn router(manager: Arc<Manager>, caller: SliceName) -> Router {
         .route("/v1/slivers/{slice}/config", put(configure))
         .route("/v1/slivers/{slice}/exec", post(exec))
         .route("/v1/node", get(node))
+        .route("/v1/network", get(network))
         .fallback(no_such_call)
         .method_not_allowed_fallback(no_such_call)
         // Bodies are bounded where they are read.
@@ -101,6 +102,10 @@ async fn exec(
 
 async fn node(State(api): State<Api>) -> Json<Node> {
     Json(api.manager.node(&api.caller))
+}
+
+async fn network(State(api): State<Api>) -> Answer<Network> {
+    answer(api.manager.network(&api.caller).await)
 }
 
 fn answer<T>(result: Result<T, ApiError>) -> Answer<T> {
