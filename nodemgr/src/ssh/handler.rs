@@ -119,7 +119,8 @@ fn advice(user: &str) -> String {
     let user: String = user.chars().filter(|c| c.is_ascii_graphic()).take(40).collect();
     format!(
         "This key is not one of slice {user}'s, or {user} has no sliver on this node.\n\
-         Log in as SLICE@node with a key of the slice; `commonage slice` shows and adds keys."
+         Log in as SLICE@node with a key of a user of the slice: `commonage ssh-key add FILE` adds one,\n\
+         `commonage slice show SLICE` tells who its users are."
     )
 }
 
