@@ -318,6 +318,13 @@ impl Engine {
                 Transport::Tcp { source, .. } => self.owners.get(Table::Tcp, source),
                 Transport::Udp { source, .. } => self.owners.get(Table::Udp, source),
                 Transport::EchoRequest { id } => self.owners.get(Table::Icmp, id),
+                // "Nobody listens", about a sliver's port.
+                Transport::IcmpError { about } if about.destination == place.address => match about.transport
+                {
+                    AboutTransport::Tcp { destination, .. } => self.owners.get(Table::Tcp, destination),
+                    AboutTransport::Udp { destination, .. } => self.owners.get(Table::Udp, destination),
+                    AboutTransport::EchoRequest { .. } | AboutTransport::Other => HOST,
+                },
                 _ => HOST,
             };
             if owner != HOST {

@@ -76,7 +76,7 @@ reasons! {
     Martian = "martian",
     /// For a sliver, but sent to the whole link.
     LinkBroadcast = "link-broadcast",
-    /// From the host, with a source port or identifier that a sliver owns.
+    /// From the host, with a source port or identifier that a sliver owns, or about one.
     HostPortOwned = "host-port-owned",
 }
 

@@ -393,7 +393,13 @@ fn the_host_speaks_for_itself_only() {
     let own = ethernet(ROUTER, NIC, 0x0800, &ip(NODE, FAR, TCP, 0, &l4(61_000, 443)));
     engine.host_frame(Time::ZERO, &mut own.clone(), &mut wires);
     assert_eq!(wires.take(), [Sent::Nic(own)]);
-    for packet in [ip(NODE, FAR, TCP, 0, &l4(20_100, 443)), ip(NODE, FAR, UDP, 0, &l4(20_250, 53))] {
+    let refusal = |port| ip(NODE, FAR, ICMP, 0, &icmp(3, 3, &ip(FAR, NODE, UDP, 0, &l4(53, port)[..8])));
+    let own = ethernet(ROUTER, NIC, 0x0800, &refusal(61_000));
+    engine.host_frame(Time::ZERO, &mut own.clone(), &mut wires);
+    assert_eq!(wires.take(), [Sent::Nic(own)]);
+    let foreign =
+        [ip(NODE, FAR, TCP, 0, &l4(20_100, 443)), ip(NODE, FAR, UDP, 0, &l4(20_250, 53)), refusal(20_100)];
+    for packet in foreign {
         engine.host_frame(Time::ZERO, &mut ethernet(ROUTER, NIC, 0x0800, &packet), &mut wires);
     }
     engine.host_frame(
@@ -402,7 +408,7 @@ fn the_host_speaks_for_itself_only() {
         &mut wires,
     );
     assert_eq!(wires.take(), []);
-    assert_eq!(engine.drops.get(Reason::HostPortOwned), 2);
+    assert_eq!(engine.drops.get(Reason::HostPortOwned), 3);
     assert_eq!(engine.drops.get(Reason::Destination), 1);
 }
 

@@ -1,5 +1,7 @@
 //! The real net-demux between real IP stacks: a peer on a wire, the node's own stack behind the TAP, and two slivers behind rings.
 //! Run as root: `cargo test -p commonage-net-demux --test network -- --ignored`.
+// A test panics to fail.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod world;
 
@@ -98,7 +100,10 @@ fn ping(space: &Namespace, to: Ipv4Addr, id: u16) -> bool {
 
 fn statuses(world: &World) -> Vec<SliverStatus> {
     match world.call(&Request::List, None) {
-        Response::List { slivers, .. } => slivers,
+        Response::List { slivers, drops, .. } => {
+            assert_eq!(drops.get("host-port-owned"), None, "the host's stack answers for slivers");
+            slivers
+        }
         other => panic!("{other:?}"),
     }
 }
