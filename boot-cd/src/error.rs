@@ -59,7 +59,7 @@ pub enum Error {
     Full {
         /// The file that does not fit.
         file: String,
-        /// Its size, rounded up.
+        /// Its size and what the file system needs, rounded up.
         needed_mib: u64,
         /// What there is.
         free_mib: u64,
@@ -88,9 +88,7 @@ impl Error {
     pub fn hint(&self) -> &'static str {
         match self {
             Self::Init(commonage_init::Error::TimedOut(_)) => "check the cable and the network's DHCP server",
-            Self::Init(_) => {
-                "restart the machine; if this comes again, its hardware or this CD does not fit the other"
-            }
+            Self::Init(_) => "restart the machine; if this comes again, try a newer CD or other hardware",
             Self::Config(_) => "write a new CD for this node: commonage node iso",
             Self::NoNic => "check that the NIC is plugged in and supported by this CD's kernel",
             Self::Plc(e) if e.is_temporary() => {

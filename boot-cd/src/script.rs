@@ -3,7 +3,10 @@
 //! Signed is not the same as sensible, so the whole script is checked before its first step touches a disk: names of
 //! files are plain names, and the kernel to start is one that the script installs, so its hash was just checked.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use commonage_init::{mounts, say};
 use commonage_plc_api::boot::{ImageFile, Script, Step, Verified};
@@ -117,15 +120,16 @@ pub async fn run(
     check(script)?;
     // A try before this one may have failed with the partition mounted.
     mounts::unmount(IMAGE)?;
+    let mut image = None;
     for step in &script.steps {
         match step {
             Step::Partition { min_mib, image_mib } => {
                 phase("partition");
-                disk::partition(*min_mib, *image_mib, devices)?;
+                image = Some(disk::partition(*min_mib, *image_mib, devices)?);
             }
             Step::Install { files } => {
                 phase("install");
-                disk::mount_image(IMAGE)?;
+                disk::mount_image(needed(&image)?, IMAGE)?;
                 let done = install::install(IMAGE.as_ref(), files, client).await;
                 let unmounted = mounts::unmount(IMAGE);
                 done?;
@@ -133,7 +137,7 @@ pub async fn run(
             }
             Step::Kexec { kernel, initramfs, cmdline } => {
                 phase("kexec");
-                disk::mount_image(IMAGE)?;
+                disk::mount_image(needed(&image)?, IMAGE)?;
                 let done = kexec::load(IMAGE.as_ref(), kernel, initramfs, cmdline, node_config);
                 let unmounted = mounts::unmount(IMAGE);
                 done?;
@@ -143,6 +147,11 @@ pub async fn run(
         }
     }
     Ok(())
+}
+
+/// The image partition, which [`check`] made sure an earlier step found.
+fn needed(image: &Option<PathBuf>) -> Result<&Path, ScriptError> {
+    image.as_deref().ok_or(ScriptError::Order { step: 1, needs: "a partition step".into() })
 }
 
 #[cfg(test)]

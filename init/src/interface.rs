@@ -67,7 +67,7 @@ mod tests {
     fn orders_names_as_people_do() {
         let mut names = ["eth10", "eth2", "sdaa", "sdb", "nvme1n1", "nvme0n1", "enp0s3"];
         names.sort_by_key(|n| natural(n));
-        assert_eq!(names, ["eth2", "eth10", "sdb", "enp0s3", "sdaa", "nvme0n1", "nvme1n1"]);
+        assert_eq!(names, ["enp0s3", "eth2", "eth10", "sdb", "nvme0n1", "nvme1n1", "sdaa"]);
     }
 
     #[test]

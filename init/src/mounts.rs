@@ -12,7 +12,10 @@ use rustix::{
     mount::{MountFlags, UnmountFlags},
 };
 
-use crate::error::{self, Context as _, Result};
+use crate::{
+    error::{self, Context as _, Result},
+    interface::natural,
+};
 
 /// Mounts a file system, making the directory if it is not there.
 ///
@@ -64,23 +67,38 @@ pub fn unmount(target: &str) -> Result<()> {
     }
 }
 
-/// The device of the GPT partition with this label, as far as the kernel has found it: `/dev/vda2`.
+/// A partition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Partition {
+    /// Its device: `/dev/vda2`.
+    pub device: PathBuf,
+    /// The disk's name: `vda`.
+    pub disk: String,
+}
+
+/// The GPT partition with this label, as far as the kernel has found it, on a certain disk or on the first that has one.
+/// A machine may have a second disk that was once another node's: what belongs together is on one disk.
 ///
 /// # Errors
 /// When `/sys` is not mounted.
-pub fn partition(label: &str) -> Result<Option<PathBuf>> {
+pub fn partition(label: &str, on: Option<&str>) -> Result<Option<Partition>> {
     let class = Path::new("/sys/class/block");
     let entries = std::fs::read_dir(class).what(|| format!("list {}", class.display()))?;
-    let mut names: Vec<_> = entries.flatten().map(|e| e.file_name()).collect();
-    names.sort();
-    for name in names {
-        // A device may vanish between the listing and the reading.
-        let Ok(uevent) = error::read(class.join(&name).join("uevent")) else { continue };
-        if property(&uevent, "PARTNAME") == Some(label) {
-            return Ok(Some(Path::new("/dev").join(name)));
-        }
-    }
-    Ok(None)
+    let mut names: Vec<_> = entries.flatten().filter_map(|e| e.file_name().into_string().ok()).collect();
+    names.sort_by_key(|name| natural(name));
+    // A device may vanish between the listing and the reading.
+    let found = names.iter().find_map(|name| {
+        let uevent = error::read(class.join(name).join("uevent")).ok()?;
+        let disk = disk_of(&std::fs::canonicalize(class.join(name)).ok()?)?;
+        let right = property(&uevent, "PARTNAME") == Some(label) && on.is_none_or(|on| on == disk);
+        right.then(|| Partition { device: Path::new("/dev").join(name), disk })
+    });
+    Ok(found)
+}
+
+/// `/sys/devices/…/block/vda/vda2` is on `vda`.
+fn disk_of(path: &Path) -> Option<String> {
+    Some(path.parent()?.file_name()?.to_str()?.to_owned())
 }
 
 /// The value of `KEY=value` in the lines of a `uevent` file.

@@ -49,8 +49,8 @@ pub fn size(name: &str) -> u64 {
     sectors.trim().parse::<u64>().unwrap_or(0).saturating_mul(512)
 }
 
-/// Makes sure that both partitions and their file systems are there.
-pub fn partition(min_mib: u64, image_mib: u64, devices: &mut Devices) -> Result<()> {
+/// Makes sure that both partitions and their file systems are there. Returns the image partition's device.
+pub fn partition(min_mib: u64, image_mib: u64, devices: &mut Devices) -> Result<PathBuf> {
     let enough = || Ok(names().iter().any(|n| size(n) >> 20 >= min_mib).then_some(()));
     devices.wait_for(enough)?;
     let disks: Vec<_> = names().into_iter().map(table::describe).collect::<Result<_>>()?;
@@ -71,36 +71,31 @@ pub fn partition(min_mib: u64, image_mib: u64, devices: &mut Devices) -> Result<
         }
     }
     table::apply(plan.disk, &plan.action)?;
-    for label in [IMAGE_LABEL, STATE_LABEL] {
-        let device = find(label, devices)?;
+    let mut ready = |label: &'static str| {
+        // As soon as the kernel has read the new table.
+        let found = devices.wait_for(|| mounts::partition(label, Some(&plan.disk.name)))?;
+        let why = || format!("the kernel finds no partition {label} on it");
+        let missing = || Error::Table { disk: plan.disk.name.clone(), why: why() };
+        let device = found.ok_or_else(missing)?.device;
         if plan.action.adds(label) || read_label(&device).as_deref() != Some(label) {
             make_file_system(&device, label)?;
         }
-    }
-    Ok(())
+        Ok(device)
+    };
+    ready(STATE_LABEL)?;
+    ready(IMAGE_LABEL)
 }
 
 /// Mounts the image partition for writing. It holds nothing that PLC has not, so if it cannot be mounted it is made anew.
-pub fn mount_image(target: &str) -> Result<()> {
-    let device = mounts::partition(IMAGE_LABEL)?;
-    let device = device.ok_or_else(|| no_partition(IMAGE_LABEL))?;
+pub fn mount_image(device: &Path, target: &str) -> Result<()> {
     let path = device.to_string_lossy();
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOATIME;
     if let Err(e) = mounts::mount(&path, target, "ext4", flags, "") {
         say!(ME, "warning: {e}; the image partition is made anew");
-        make_file_system(&device, IMAGE_LABEL)?;
+        make_file_system(device, IMAGE_LABEL)?;
         mounts::mount(&path, target, "ext4", flags, "")?;
     }
     Ok(())
-}
-
-/// The device of a partition, as soon as the kernel has read the new table.
-fn find(label: &'static str, devices: &mut Devices) -> Result<PathBuf> {
-    devices.wait_for(|| mounts::partition(label))?.ok_or_else(|| no_partition(label))
-}
-
-fn no_partition(label: &str) -> Error {
-    Error::Table { disk: "every disk".into(), why: format!("there is no partition {label}") }
 }
 
 fn make_file_system(device: &Path, label: &str) -> Result<()> {

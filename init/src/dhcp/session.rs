@@ -54,6 +54,11 @@ impl Session {
         self.epoch + self.machine.deadline()
     }
 
+    /// Whether a lease holds.
+    pub fn has_lease(&self) -> bool {
+        self.machine.lease().is_some()
+    }
+
     /// Does what is due and takes what has come, without waiting.
     ///
     /// # Errors

@@ -68,21 +68,27 @@ fn kvm() -> Option<&'static str> {
     module
 }
 
-/// Mounts the node's two partitions by label.
+/// Mounts the node's two partitions by label: the first state partition, and the image partition beside it.
 pub fn mount_partitions(devices: &mut Devices) -> Result<()> {
-    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
-    let image = flags | MountFlags::RDONLY | MountFlags::NOEXEC;
-    for (label, target, flags) in
-        [("commonage-image", "/image", image), ("commonage-state", "/state", flags | MountFlags::NOEXEC)]
-    {
-        let device = devices.wait_for(|| mounts::partition(label))?;
-        let missing =
-            || Error::TimedOut(format!("no disk has a partition {label}; boot from the CD to make it"));
-        let device = device.ok_or_else(missing)?;
-        mounts::mount(&device.to_string_lossy(), target, "ext4", flags, "")?;
-        say!(ME, "{} is {target}", device.display());
-    }
-    Ok(())
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOATIME;
+    let state = mount(devices, "commonage-state", None, "/state", flags)?;
+    mount(devices, "commonage-image", Some(&state), "/image", flags | MountFlags::RDONLY).map(drop)
+}
+
+/// Mounts one; returns the disk it is on.
+fn mount(
+    devices: &mut Devices,
+    label: &str,
+    on: Option<&str>,
+    target: &str,
+    flags: MountFlags,
+) -> Result<String> {
+    let found = devices.wait_for(|| mounts::partition(label, on))?;
+    let missing = || Error::TimedOut(format!("no disk has a partition {label}; boot from the CD to make it"));
+    let found = found.ok_or_else(missing)?;
+    mounts::mount(&found.device.to_string_lossy(), target, "ext4", flags, "")?;
+    say!(ME, "{} is {target}", found.device.display());
+    Ok(found.disk)
 }
 
 /// Kernel settings, limits that children inherit, and the machine's name.
@@ -90,7 +96,7 @@ pub fn settle() -> Result<()> {
     for (setting, value) in [
         // The host's own outgoing connections: slivers own the ports below.
         ("net/ipv4/ip_local_port_range", "61000 65535"),
-        // Every sliver's packets have the node's own source address.
+        // The node speaks IPv4 only; what the demux does not know must not go past it.
         ("net/ipv6/conf/all/disable_ipv6", "1"),
         ("net/ipv6/conf/default/disable_ipv6", "1"),
         // A kernel that panics restarts, through the boot CD.

@@ -96,6 +96,11 @@ impl HostNetwork {
         self.dhcp.as_ref()
     }
 
+    /// Whether a lease holds.
+    pub fn has_address(&self) -> bool {
+        self.dhcp.as_ref().is_some_and(Session::has_lease)
+    }
+
     /// Lets the DHCP client do what is due.
     pub fn step(&mut self) -> Result<Vec<Told>> {
         let Some(dhcp) = &mut self.dhcp else { return Ok(vec![]) };

@@ -7,7 +7,12 @@
 //! Both services may die at any time; they are started again and find their slivers' machines alive. If the node's own
 //! address changes, its slivers have an address that is not theirs any more: the node restarts.
 
-use std::{fs, os::fd::AsFd as _, process::Command, time::Instant};
+use std::{
+    fs,
+    os::fd::AsFd as _,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use commonage_init::{Result, mounts, poll, power::End, say, signals::Signals, supervisor::Supervisor};
 
@@ -56,6 +61,7 @@ pub fn run(signals: Signals) -> Result<End> {
         buttons: Buttons::open(),
         faults: Faults::open(),
         manager_started: false,
+        complain: Instant::now() + COMPLAINTS,
     };
     let mut demux = Command::new("/bin/net-demux");
     demux.args(["--nic", &nic.name, "--tap", HOST, "--control", "/run/commonage/net-demux.sock"]);
@@ -75,7 +81,12 @@ struct Node {
     buttons: Buttons,
     faults: Faults,
     manager_started: bool,
+    /// When to complain next that there is no address.
+    complain: Instant,
 }
+
+/// Between complaints.
+const COMPLAINTS: Duration = Duration::from_secs(60);
 
 impl Node {
     /// The loop.
@@ -102,12 +113,19 @@ impl Node {
             if let Some(end) = self.keep_address()? {
                 return Ok(end);
             }
+            let no_address = !self.network.has_address();
+            if no_address && self.complain <= Instant::now() {
+                say!(ME, "warning: still no address; check the cable and the network's DHCP server");
+                self.complain = Instant::now() + COMPLAINTS;
+            }
             let dhcp = self.network.dhcp();
             let mut fds = vec![self.signals.as_fd()];
             fds.extend(dhcp.map(|d| d.as_fd()));
             fds.extend(self.buttons.fds());
             fds.extend(self.faults.fd());
-            let deadline = dhcp.map(|d| d.deadline()).into_iter().chain(self.supervisor.deadline()).min();
+            let deadlines =
+                [dhcp.map(|d| d.deadline()), self.supervisor.deadline(), no_address.then_some(self.complain)];
+            let deadline = deadlines.into_iter().flatten().min();
             poll::wait(&fds, deadline)?;
         }
     }
