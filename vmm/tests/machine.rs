@@ -74,7 +74,6 @@ impl Machine {
 
     /// Connects to the control socket of a machine that was just started.
     fn connect(&self, child: &mut Child) -> UnixStream {
-        // The guest's first line on the console comes after the control socket is there.
         loop {
             assert!(child.try_wait().unwrap().is_none(), "the machine ended early: {}", self.console());
             if let Ok(stream) = UnixStream::connect(self.path("control.sock")) {
@@ -308,6 +307,11 @@ fn streams_go_both_ways_over_vsock() {
     let listener = UnixListener::bind(machine.path("vsock.sock_806")).unwrap();
     std::fs::set_permissions(machine.path("vsock.sock_806"), Permissions::from_mode(0o666)).unwrap();
     let mut child = machine.start();
+    let ending = machine.connect(&mut child);
+    ask(&ending, &Request::Wait);
+    let mut fds = [PollFd::new(&listener, PollFlags::IN), PollFd::new(&ending, PollFlags::IN)];
+    rustix::event::poll(&mut fds, None).unwrap();
+    assert!(!fds[0].revents().is_empty(), "the guest did not connect: {}", machine.console());
     let (mut from_guest, _) = listener.accept().unwrap();
     let mut bytes = Vec::new();
     from_guest.read_to_end(&mut bytes).unwrap();
