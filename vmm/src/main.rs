@@ -5,9 +5,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
 use clap::Parser;
-use commonage_vmm::machine::Machine;
+use commonage_vmm::machine::{Machine, MachineError};
 use commonage_vmm_api::{ExitReason, MachineConfig, NetConfig, VsockConfig};
 
 /// Runs one virtual machine until it ends.
@@ -66,13 +65,17 @@ struct Arguments {
 }
 
 impl Arguments {
-    fn machine(self) -> Result<MachineConfig> {
+    fn machine(self) -> Result<MachineConfig, MachineError> {
         if let Some(path) = self.config {
-            let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-            return serde_json::from_slice(&text)
-                .with_context(|| format!("{} is no machine description", path.display()));
+            let refuse = |what: &dyn std::fmt::Display| {
+                MachineError::Config(format!("machine description {}: {what}", path.display()))
+            };
+            let text = std::fs::read(&path).map_err(|error| refuse(&error))?;
+            return serde_json::from_slice(&text).map_err(|error| refuse(&error));
         }
-        let Some(kernel) = self.kernel else { bail!("give --kernel or --config") };
+        let Some(kernel) = self.kernel else {
+            return Err(MachineError::Config("give --kernel or --config".into()));
+        };
         Ok(MachineConfig {
             kernel,
             initrd: self.initrd,
@@ -98,13 +101,13 @@ fn parse_mac(text: &str) -> Result<[u8; 6], String> {
     if mac[0] & 1 == 1 { Err("a group address cannot be an interface's own".to_owned()) } else { Ok(mac) }
 }
 
-fn run() -> Result<ExitReason> {
+fn run() -> Result<ExitReason, MachineError> {
     let config = Arguments::parse().machine()?;
-    Ok(Machine::new(&config)?.run()?)
+    Machine::new(&config)?.run()
 }
 
 fn main() -> ExitCode {
-    let reason = run().unwrap_or_else(|error| ExitReason::Failed { message: format!("{error:#}") });
+    let reason = run().unwrap_or_else(|error| ExitReason::Failed { message: error.to_string() });
     match &reason {
         ExitReason::Failed { message } => eprintln!("sliver-vmm: {message}"),
         ExitReason::TripleFault => eprintln!("sliver-vmm: the guest crashed its processor (triple fault)"),
