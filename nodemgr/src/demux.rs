@@ -197,11 +197,14 @@ impl Client {
     async fn push_all(&mut self, connection: &Connection) -> io::Result<()> {
         self.set_address(connection).await?;
         // Slivers that were deleted while nobody could tell net-demux would keep their ports from others.
-        if let Response::List { slivers, .. } = connection.ask(&Request::List, None).await? {
+        let mut list = Request::List;
+        while let Response::List { slivers, .. } = connection.ask(&list, None).await? {
             let known = |s: &SliverId| self.attached.contains_key(s) || self.expected.contains(s);
             for stranger in slivers.iter().map(|s| s.sliver).filter(|s| !known(s)) {
                 connection.ask(&Request::Detach { sliver: stranger }, None).await?;
             }
+            let Some(last) = slivers.last() else { break };
+            list = Request::ListAfter { sliver: last.sliver };
         }
         for attachment in self.attached.values() {
             if let Err(refused) = attach(connection, attachment).await? {
@@ -248,7 +251,9 @@ impl Client {
                 result.map(drop)
             }
             Command::Status(sliver, answer) => {
-                if let Response::List { slivers, .. } = connection.ask(&Request::List, None).await?
+                // The list goes on after a given sliver, so the one asked for comes first.
+                let list = Request::ListAfter { sliver: SliverId(sliver.0.saturating_sub(1)) };
+                if let Response::List { slivers, .. } = connection.ask(&list, None).await?
                     && let Some(status) = slivers.into_iter().find(|s| s.sliver == sliver)
                 {
                     answer.send(status).ok();

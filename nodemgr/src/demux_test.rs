@@ -86,10 +86,11 @@ async fn everything_is_told_again_after_net_demux_died() {
 
     // It comes up and has 8 and 9 from before: 9 is expected back, 8 is nobody's.
     let ok = || Response::Ok;
-    let (server, client, seen) = serve(server(&path), vec![ok(), list(&[8, 9]), ok(), ok()]).await;
+    let (server, client, seen) = serve(server(&path), vec![ok(), list(&[8, 9]), ok(), list(&[]), ok()]).await;
     assert!(matches!(seen[0], (Request::SetAddress { prefix_len: 24, .. }, 0)));
     assert!(matches!(seen[2], (Request::Detach { sliver: SliverId(8) }, 0)));
-    assert!(matches!(seen[3], (Request::Attach { sliver: SliverId(7), .. }, 3)));
+    assert!(matches!(seen[3], (Request::ListAfter { sliver: SliverId(9) }, 0)));
+    assert!(matches!(seen[4], (Request::Attach { sliver: SliverId(7), .. }, 3)));
 
     // It dies: all is told again, without being asked.
     drop(client);

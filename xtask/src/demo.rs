@@ -12,15 +12,15 @@ pub(crate) struct Options {
     #[arg(long, value_enum, default_value_t = Firmware::Bios)]
     firmware: Firmware,
     /// What the slivers are made of.
-    #[arg(long, value_enum, default_value_t = Base::Mini)]
+    #[arg(long, value_enum, default_value_t = Base::Debian)]
     base: Base,
     /// How many nodes.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
     nodes: u8,
     /// How many slices, each with a sliver on every node.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
     slivers: u8,
-    /// Verify, tear down and end, instead of staying until a key is pressed.
+    /// Verify, tear down and end, instead of staying up until Ctrl-C.
     #[arg(long)]
     once: bool,
     /// Print one JSON object at the end, and nothing else on standard output.
