@@ -16,8 +16,9 @@ use crate::error::{Error, IoContext as _, Result};
 use crate::initramfs::Binaries;
 use crate::packages::Versions;
 
-/// What `debian` has besides what is essential: enough to look at the network, serve files, and trust what HTTPS says.
-pub const DEBIAN_PACKAGES: &[&str] = &["busybox-static", "ca-certificates", "iproute2", "netbase", "procps"];
+/// What `debian` has besides what is essential: enough to look at the network, serve and fetch files, and trust what HTTPS says.
+pub const DEBIAN_PACKAGES: &[&str] =
+    &["busybox-static", "ca-certificates", "iproute2", "netbase", "procps", "wget"];
 
 /// What virtio-pmem maps at once.
 const ALIGNMENT: u64 = 2 << 20;

@@ -2,6 +2,8 @@
 //!
 //! The "sliver" is this machine: the same code serves a Unix socket that speaks the vsock convention. Whatever a test waits for is
 //! an event (an end of file, an exit), never a time.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "all of it is test code")]
+
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::SocketAddr;

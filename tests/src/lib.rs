@@ -12,6 +12,7 @@ pub mod cli;
 pub mod console;
 pub mod demo;
 pub mod gateway;
+pub mod nested;
 pub mod node;
 pub mod plc;
 pub mod process;

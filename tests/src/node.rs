@@ -165,7 +165,7 @@ impl Node {
 }
 
 /// Hardware virtualisation where it is real and nests, else emulation with AMD-V inside. Emulated nodes have one processor: with more, nested guests are unreliable.
-fn accelerator() -> [(&'static str, &'static str); 3] {
+pub(crate) fn accelerator() -> [(&'static str, &'static str); 3] {
     let nested = ["kvm_amd", "kvm_intel"].iter().any(|module| {
         std::fs::read_to_string(format!("/sys/module/{module}/parameters/nested"))
             .is_ok_and(|s| matches!(s.trim(), "1" | "Y"))

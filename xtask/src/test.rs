@@ -7,6 +7,16 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use commonage_images::{Context, build};
 
+/// Every package whose ignored tests are run on this machine itself, and whether they need root. Those of `vmm/tests/machine.rs` alone are not: they need
+/// a KVM that can run Linux, and get it from the testbed's, which runs them inside an emulated machine.
+const IGNORED: &[(&str, bool)] = &[
+    ("commonage-images", false),
+    ("commonage-init", true),
+    ("commonage-net-demux", true),
+    ("commonage-nodemgr", false),
+    ("commonage-testbed", false),
+];
+
 /// How much to test.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -27,19 +37,15 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         return Ok(());
     }
     build(&Context::from_env()?)?;
-    let root = Context::is_root();
-    if !root {
-        eprintln!("not root: the tests that make network namespaces are left out");
+    let (run, left): (Vec<_>, Vec<_>) =
+        IGNORED.iter().partition(|(_, needs_root)| !needs_root || Context::is_root());
+    for (package, _) in left {
+        eprintln!("not root: the ignored tests of {package} are left out; they make network namespaces");
     }
-    let some: &[&str] = if root {
-        &["--workspace", "--exclude", "commonage-testbed"]
-    } else {
-        &["--package", "commonage-images", "--package", "commonage-nodemgr"]
-    };
+    let packages = run.iter().flat_map(|(package, _)| ["--package", package]);
     // One at a time: some boot whole machines, and their time limits count on having the processors.
-    let ignored = ["--", "--ignored", "--test-threads=1"];
-    cargo(&[&["test"], some, &ignored].concat())?;
-    cargo(&[&["test", "--package", "commonage-testbed"][..], &ignored].concat())
+    let arguments = ["test"].into_iter().chain(packages).chain(["--", "--ignored", "--test-threads=1"]);
+    cargo(&arguments.collect::<Vec<_>>())
 }
 
 fn cargo(arguments: &[&str]) -> Result<()> {
@@ -55,4 +61,37 @@ fn cargo(arguments: &[&str]) -> Result<()> {
         bail!("cargo {} failed", arguments.first().copied().unwrap_or_default());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    use super::*;
+
+    /// Adds the packages with ignored tests under `directory`, which belongs to `package` unless it is one itself.
+    fn ignoring(directory: &Path, package: &str, found: &mut BTreeSet<String>) {
+        let manifest = std::fs::read_to_string(directory.join("Cargo.toml")).unwrap_or_default();
+        let name = manifest.lines().find_map(|line| line.strip_prefix("name = \"")?.strip_suffix('"'));
+        let package = name.unwrap_or(package);
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() && !path.ends_with("target") {
+                ignoring(&path, package, found);
+            } else if path.extension().is_some_and(|e| e == "rs") && !path.ends_with("vmm/tests/machine.rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                if text.lines().any(|line| line.trim_start().starts_with("#[ignore")) {
+                    found.insert(package.to_owned());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_ignored_test_is_run() {
+        let mut found = BTreeSet::new();
+        ignoring(&Context::from_env().unwrap().workspace, "", &mut found);
+        assert!(found.iter().eq(IGNORED.iter().map(|(package, _)| package)), "{found:?} is not {IGNORED:?}");
+    }
 }
