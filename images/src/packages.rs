@@ -44,6 +44,7 @@ pub const MACHINES: &[(&str, &str)] = &[
     ("qemu-system-x86", "emulated nodes"),
     ("ovmf", "their UEFI firmware"),
     ("openssh-client", "to log in to slivers"),
+    ("curl", "to fetch pages from slivers"),
 ];
 
 /// Versions of installed packages, by name.

@@ -168,7 +168,7 @@ fn check_neighbours(slivers: &[(String, Sliver)]) -> Result<()> {
     let Some(((_, first), others)) = slivers.split_first() else { return Ok(()) };
     for (name, other) in others {
         let url = format!("http://{}:{}/", other.address, other.first_port);
-        let page = first.ssh.run(&format!("wget -q -T 20 -O - {url}"))?;
+        let page = first.ssh.run(&format!("wget -q -O - {url}"))?;
         let host = name.replace('_', "-");
         ensure!(
             page.contains(&format!("hello from {host}")),

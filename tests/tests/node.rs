@@ -184,7 +184,7 @@ fn hostile_calls(sliver: &Sliver) -> Result<()> {
 fn neighbours(one: &Sliver, two: &Sliver) -> Result<()> {
     for (from, to) in [(one, two), (two, one)] {
         let url = format!("http://{}:{}/", to.address, to.first_port);
-        let page = from.ssh.run(&format!("wget -q -T 20 -O - {url}"))?;
+        let page = from.ssh.run(&format!("wget -q -O - {url}"))?;
         ensure!(page.contains("hello from demo-"), "{url} says {page:?}");
     }
     Ok(())
