@@ -3,9 +3,10 @@
 //! The client sends a [`Request`], net-demux answers each with one [`Response`]. [`Request::Attach`] carries three descriptors
 //! (SCM_RIGHTS): the ring's memory, the event "guest sent", the event "guest may receive". net-demux keeps no state on disk: after a restart its client attaches everything again.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
+pub use commonage_isolation_api::PortGrant;
 use serde::{Deserialize, Serialize};
 
 /// Largest packet on the control socket, bytes.
@@ -15,21 +16,6 @@ pub const MAX_PACKET: usize = 64 * 1024;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct SliverId(pub u32);
-
-/// The ports a sliver owns: block and exact reservations are for its packets' source ports alike.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PortGrant {
-    /// First port of the block, TCP and UDP.
-    pub first: u16,
-    /// Last port of the block, inclusive.
-    pub last: u16,
-    /// Exact TCP ports outside the block.
-    #[serde(default)]
-    pub tcp: BTreeSet<u16>,
-    /// Exact UDP ports outside the block.
-    #[serde(default)]
-    pub udp: BTreeSet<u16>,
-}
 
 /// What the client asks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

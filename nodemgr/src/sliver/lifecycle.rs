@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use commonage_isolation::cgroup::Cgroup;
 use commonage_isolation_api::{Interval, SliceName};
-use commonage_net_demux_api::control::{PortGrant, SliverId};
+use commonage_net_demux_api::control::SliverId;
 use commonage_nodemgr_api::Bytes;
 use commonage_nodemgr_api::guest::{CONTROL_PORT, FromGuest, FromHost, Identity};
 use commonage_nodemgr_api::http::{self, SliverState};
@@ -354,12 +354,11 @@ impl Lifecycle {
 
     async fn attach(&self, machine: &Machine, grant: &Grant) -> Result<(), Error> {
         let ring = machine.ring().await.map_err(|e| self.error(&format!("no network ring: {e}")))?;
-        let http::PortGrant { first, last, tcp, udp } = grant.ports.clone();
         let attachment = Attachment {
             sliver: SliverId(self.uid),
             slice: self.slice.to_string(),
             mac: files::mac(self.uid),
-            ports: PortGrant { first, last, tcp, udp },
+            ports: grant.ports.clone(),
             ring,
         };
         let refused = |e| self.error(&format!("net-demux refused it: {e}"));
