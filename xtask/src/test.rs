@@ -13,6 +13,7 @@ const IGNORED: &[(&str, bool)] = &[
     ("commonage-images", false),
     ("commonage-init", true),
     ("commonage-net-demux", true),
+    ("commonage-node-init", true),
     ("commonage-nodemgr", false),
     ("commonage-testbed", false),
 ];

@@ -143,6 +143,10 @@ fn one_address_many_slivers() {
     talk(b, &of_a, NODE);
     talk(a, &hosts, NODE);
     talk(&world.node, &of_b, NODE);
+    let exactly_a = listen(a, 10_100);
+    talk(b, &exactly_a, NODE);
+    talk(&world.node, &exactly_a, NODE);
+    talk(&world.peer, &exactly_a, NODE);
 
     // UDP, also in fragments.
     let (udp_a, udp_b, udp_peer) = (udp(a, 20_111), udp(b, 20_171), udp(&world.peer, 5000));

@@ -140,6 +140,8 @@ impl Sliver {
                 "rule add pref 10 to {NODE} ipproto {protocol} dport {first}-{last} lookup local"
             ));
         }
+        let exact = first - 10_000;
+        space.ip(&format!("rule add pref 11 to {NODE} ipproto tcp dport {exact} lookup local"));
         space.ip(&format!("rule add pref 12 to {NODE} ipproto icmp lookup local"));
         space.ip(&format!("rule add pref 20 to {NODE} iif lo lookup 100"));
         space.ip("route add default via 169.254.1.1 dev eth0 onlink table 100");
@@ -148,7 +150,7 @@ impl Sliver {
         let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         let stopped = stop.try_clone().unwrap();
         let pump = Some(std::thread::spawn(move || pump(&tap, endpoint, &stopped)));
-        let ports = PortGrant { first, last, tcp: Default::default(), udp: Default::default() };
+        let ports = PortGrant { first, last, tcp: [exact].into(), udp: Default::default() };
         Self { space, id, mac, ports, spare, stop, pump }
     }
 }
@@ -235,7 +237,7 @@ impl World {
         self.node.ip("neigh add 169.254.1.1 lladdr 02:ff:ff:ff:ff:ff dev host0 nud permanent");
         for protocol in ["tcp", "udp"] {
             self.node.ip(&format!(
-                "rule add pref 10 to {NODE} iif lo ipproto {protocol} dport 20000-60999 lookup 100"
+                "rule add pref 10 to {NODE} iif lo ipproto {protocol} dport 1024-60999 lookup 100"
             ));
         }
         self.node.ip("route add default via 169.254.1.1 dev host0 onlink table 100");

@@ -14,7 +14,7 @@ use rustix::{
     process::{Resource, Rlimit, setrlimit},
 };
 
-use crate::ME;
+use crate::{ME, host_network::SLIVER_PORTS};
 
 /// Devices are looked for this long.
 const DEVICES: Duration = Duration::from_secs(20);
@@ -93,9 +93,10 @@ fn mount(
 
 /// Kernel settings, limits that children inherit, and the machine's name.
 pub fn settle() -> Result<()> {
+    let own_ports = format!("{} 65535", SLIVER_PORTS.1 + 1);
     for (setting, value) in [
         // The host's own outgoing connections: slivers own the ports below.
-        ("net/ipv4/ip_local_port_range", "61000 65535"),
+        ("net/ipv4/ip_local_port_range", own_ports.as_str()),
         // The node speaks IPv4 only; what the demux does not know must not go past it.
         ("net/ipv6/conf/all/disable_ipv6", "1"),
         ("net/ipv6/conf/default/disable_ipv6", "1"),
