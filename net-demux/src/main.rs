@@ -5,6 +5,7 @@
 mod control;
 mod device;
 mod engine;
+mod say;
 mod shell;
 
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
+use say::say;
 
 /// Demultiplexes the node's one address among its slivers and the host.
 #[derive(Debug, Parser)]
@@ -32,7 +34,7 @@ fn main() -> ExitCode {
     match run(&Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("net-demux: {error:#}");
+            say!("{error:#}");
             ExitCode::FAILURE
         }
     }
@@ -42,20 +44,20 @@ fn run(options: &Options) -> anyhow::Result<()> {
     let Options { nic: nic_name, tap: tap_name, control: path } = options;
     let nic = device::Nic::open(nic_name).with_context(|| format!("cannot open the NIC {nic_name}"))?;
     if let Err(error) = nic.disable_offloads(nic_name) {
-        eprintln!("net-demux: {nic_name} may join frames, which slivers cannot take: {error}");
+        say!("{nic_name} may join frames, which slivers cannot take: {error}");
     }
     for (path, error) in shell::silence_host_on(nic_name) {
         // Without IPv6 there is nothing to turn off.
         if !(error.kind() == std::io::ErrorKind::NotFound && path.contains("ipv6")) {
-            eprintln!("net-demux: cannot set {path}: {error}: the host may answer for slivers");
+            say!("cannot set {path}: {error}: the host may answer for slivers");
         }
     }
     let tap = device::Tap::open(tap_name).with_context(|| format!("cannot open the TAP {tap_name}"))?;
     let listener = control::listen(path).with_context(|| format!("cannot listen at {}", path.display()))?;
     let [a, b, c, d, e, f] = nic.mac;
     let mut shell = shell::Shell::new(nic, tap, listener).context("cannot start")?;
-    eprintln!(
-        "net-demux: ready: NIC {nic_name} ({a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}), host {tap_name}, control {}",
+    say!(
+        "ready: NIC {nic_name} ({a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}), host {tap_name}, control {}",
         path.display()
     );
     shell.run().with_context(|| format!("lost {nic_name} or {tap_name}"))

@@ -20,6 +20,7 @@ use crate::device::{BUFFER, Nic, Received, Tap};
 use crate::engine::counters::Reason;
 use crate::engine::packet::{Mac, complete_checksum};
 use crate::engine::{Engine, Place, Ports, Time};
+use crate::say::say;
 
 /// Frames of one sliver before the next one's turn.
 const TURN: usize = 32;
@@ -187,7 +188,7 @@ impl Shell {
                     self.engine.nic_frame(now, frame, &mut self.wires);
                 }
                 Err(error) if error.raw_os_error() == Some(libc::ENETDOWN) => {
-                    eprintln!("net-demux: the NIC is down");
+                    say!("the NIC is down");
                     break;
                 }
                 Err(error) => return Err(error),
@@ -251,8 +252,8 @@ impl Shell {
                 if link.endpoint.broken() {
                     let _ = epoll::delete(&self.epoll, link.endpoint.event());
                     self.engine.count(id, Reason::RingBroken);
-                    eprintln!(
-                        "net-demux: sliver {}: its machine broke the ring's rules: disconnected until attached anew",
+                    say!(
+                        "sliver {}: its machine broke the ring's rules: disconnected until attached anew",
                         id.0
                     );
                 }
@@ -281,7 +282,7 @@ impl Shell {
     fn accept(&mut self) {
         let Some(client) = control::accept(&self.listener) else { return };
         if self.clients.len() >= CLIENTS {
-            eprintln!("net-demux: a control client was refused: {CLIENTS} are connected already");
+            say!("a control client was refused: {CLIENTS} are connected already");
             return;
         }
         let token = self.next_client;
