@@ -31,7 +31,8 @@ fn sliver_machines_pass_their_tests() {
 fn build() -> Result<PathBuf> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(Context::from_env()?.workspace);
-    cargo.args(["test", "--workspace", "--test", "machine", "--no-run", "--message-format=json-render-diagnostics"]);
+    cargo.args(["test", "--workspace", "--test", "machine", "--no-run"]);
+    cargo.arg("--message-format=json-render-diagnostics");
     let output = cargo.stderr(std::process::Stdio::inherit()).output()?;
     ensure!(output.status.success(), "cargo test --no-run: {}", output.status);
     let messages = output.stdout.split(|byte| *byte == b'\n');
