@@ -1,7 +1,7 @@
 //! Loads kernel modules: by name with what they depend on, and for every device that says what it is.
 //!
 //! Reads what `depmod` writes beside the modules: `modules.dep` (paths and dependencies), `modules.alias` (patterns of
-//! device identities) and `modules.softdep`. Modules must not be compressed. No program is run; a kernel that asks
+//! device identities), `modules.softdep`, and what the kernel has built in. Modules must not be compressed. No program is run; a kernel that asks
 //! user space for a module by itself (`/sbin/modprobe`) gets none, so soft dependencies are honoured here.
 
 use std::{
@@ -28,11 +28,14 @@ pub struct Index {
     soft: BTreeMap<String, Vec<String>>,
     /// Compiled into the kernel: nothing to load.
     builtin: BTreeSet<String>,
+    /// Aliases of those, as `crc32c` is one of `crc32c_generic`. Another module may have the same and be better.
+    builtin_aliases: BTreeSet<String>,
 }
 
 impl Index {
-    /// Parses `modules.dep`, `modules.alias`, `modules.softdep` and `modules.builtin`. Lines that make no sense are skipped.
-    pub fn parse(dep: &str, alias: &str, softdep: &str, builtin: &str) -> Self {
+    /// Parses `modules.dep`, `modules.alias`, `modules.softdep`, `modules.builtin` and `modules.builtin.modinfo`. Lines that make no
+    /// sense are skipped.
+    pub fn parse(dep: &str, alias: &str, softdep: &str, builtin: &str, modinfo: &str) -> Self {
         let mut index = Self::default();
         for line in dep.lines() {
             let Some((path, needs)) = line.split_once(':') else { continue };
@@ -52,6 +55,9 @@ impl Index {
             index.soft.entry(normal(module)).or_default().extend(before.map(normal));
         }
         index.builtin = builtin.lines().map(name_of).collect();
+        // `crc32c_generic.alias=crc32c` and much else, each ended by a zero byte.
+        let facts = modinfo.split('\0').filter_map(|fact| fact.split_once('.')?.1.strip_prefix("alias="));
+        index.builtin_aliases = facts.map(normal).collect();
         index
     }
 
@@ -69,10 +75,12 @@ impl Index {
         order
     }
 
-    /// Whether there is a module of this name, or the kernel has it built in.
+    /// Whether there is a module of this name, or the kernel has it built in, if only by that alias.
     pub fn knows(&self, name: &str) -> bool {
         let name = normal(name);
-        self.modules.contains_key(&name) || self.builtin.contains(&name)
+        self.modules.contains_key(&name)
+            || self.builtin.contains(&name)
+            || self.builtin_aliases.contains(&name)
     }
 
     fn add<'a>(&'a self, wanted: &str, order: &mut Vec<&'a str>, depth: usize) {
@@ -185,6 +193,7 @@ impl Modules {
             &error::read(directory.join("modules.alias"))?,
             &optional("modules.softdep"),
             &optional("modules.builtin"),
+            &optional("modules.builtin.modinfo"),
         );
         Ok(Self { directory, index, tried: BTreeSet::new() })
     }
@@ -276,8 +285,11 @@ alias crc32c crc32c_generic
 alias pci:v00008086d0000[0-9A]*sv* e1000";
     const SOFT: &str = "softdep ext4 pre: crc32c post: nothing\nsoftdep loop1 pre: loop2";
 
+    const MODINFO: &str =
+        "sha256_generic.alias=crypto-sha256\0sha256_generic.license=GPL\0garbage\0\0proc.alias=crc32c\0";
+
     fn index() -> Index {
-        Index::parse(DEP, ALIAS, SOFT, "kernel/fs/proc.ko\n")
+        Index::parse(DEP, ALIAS, SOFT, "kernel/fs/proc.ko\n", MODINFO)
     }
 
     #[test]
@@ -298,9 +310,17 @@ alias pci:v00008086d0000[0-9A]*sv* e1000";
     }
 
     #[test]
+    fn an_alias_of_what_is_built_in_is_known_and_leads_to_better_modules() {
+        assert!(index().knows("crypto-sha256") && index().load_order("crypto-sha256").is_empty());
+        let better = ["kernel/arch/x86/crypto/crc32c-intel.ko", "kernel/crypto/crc32c_generic.ko"];
+        assert!(index().knows("crc32c"));
+        assert_eq!(index().load_order("crc32c"), better);
+    }
+
+    #[test]
     fn soft_dependencies_may_be_circular() {
         let dep = "a.ko:\nb.ko:\n";
-        let index = Index::parse(dep, "", "softdep a pre: b\nsoftdep b pre: a", "");
+        let index = Index::parse(dep, "", "softdep a pre: b\nsoftdep b pre: a", "", "");
         let order = index.load_order("a");
         assert_eq!(order.len(), 2);
     }
@@ -343,7 +363,7 @@ alias pci:v00008086d0000[0-9A]*sv* e1000";
 
         #[test]
         fn parsing_anything_is_harmless(dep in ".{0,200}", alias in ".{0,200}", soft in ".{0,200}") {
-            Index::parse(&dep, &alias, &soft, "").load_order("a");
+            Index::parse(&dep, &alias, &soft, "", &dep).load_order("a");
         }
     }
 }
