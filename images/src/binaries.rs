@@ -37,6 +37,26 @@ struct Message {
     fresh: bool,
 }
 
+/// cargo in the workspace, as it would be if this process were not itself started by `cargo run` or `cargo test`: ring's build script
+/// asks to run again when one of the variables changes that cargo sets for its children, and half of the dependencies with it.
+pub fn cargo(context: &Context) -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(&context.workspace);
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(set_by_cargo) {
+            cargo.env_remove(name);
+        }
+    }
+    cargo
+}
+
+/// Whether a variable describes the package that cargo runs, rather than cargo itself (`CARGO_HOME`, `CARGO_TARGET_DIR`, …).
+fn set_by_cargo(name: &str) -> bool {
+    let families = ["CARGO_BIN_", "CARGO_CRATE_", "CARGO_MANIFEST_", "CARGO_PKG_"];
+    families.iter().any(|f| name.starts_with(f))
+        || ["CARGO_PRIMARY_PACKAGE", "CARGO_TARGET_TMPDIR", "OUT_DIR"].contains(&name)
+}
+
 /// Builds them; returns their paths by name.
 ///
 /// # Errors
@@ -44,8 +64,8 @@ struct Message {
 pub fn build(context: &Context) -> Result<BTreeMap<String, PathBuf>> {
     let log = Log::create(&context.cache.root().join("logs/binaries.log"))?;
     let task = Task::start("binaries", Some(log.path()));
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(&context.workspace).args(["build", "--release", "--workspace", "--bins"]);
+    let mut cargo = cargo(context);
+    cargo.args(["build", "--release", "--workspace", "--bins"]);
     cargo.arg("--message-format=json-render-diagnostics");
     for package in NOT_THESE {
         cargo.args(["--exclude", package]);
@@ -65,4 +85,17 @@ pub fn build(context: &Context) -> Result<BTreeMap<String, PathBuf>> {
         task.done(&format!("built {}, {}", built.len(), megabytes(size)));
     }
     Ok(built)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_describes_a_package_is_hidden() {
+        assert!(
+            set_by_cargo("CARGO_PKG_NAME") && set_by_cargo("CARGO_MANIFEST_DIR") && set_by_cargo("OUT_DIR")
+        );
+        assert!(!set_by_cargo("CARGO_HOME") && !set_by_cargo("CARGO_TARGET_DIR") && !set_by_cargo("CARGO"));
+    }
 }

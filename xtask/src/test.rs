@@ -1,11 +1,10 @@
 //! `cargo xtask test`: every check there is, the quick ones first. Ends on the test runner's own summary.
 
-use std::ffi::OsString;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
-use commonage_images::{Context, build};
+use commonage_images::{Context, binaries, build};
 
 /// Every package whose ignored tests are run on this machine itself, and whether they need root. Those of `vmm/tests/machine.rs` alone are not: they need
 /// a KVM that can run Linux, and get it from the testbed's, which runs them inside an emulated machine.
@@ -51,10 +50,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 fn cargo(arguments: &[&str]) -> Result<()> {
     eprintln!("+ cargo {}", arguments.join(" "));
-    let program = std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
-    let status = Command::new(program)
+    let status = binaries::cargo(&Context::from_env()?)
         .args(arguments)
-        .current_dir(Context::from_env()?.workspace)
         .stdin(Stdio::null())
         .status()
         .context("cannot start cargo")?;
