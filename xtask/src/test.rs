@@ -40,7 +40,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let (run, left): (Vec<_>, Vec<_>) =
         IGNORED.iter().partition(|(_, needs_root)| !needs_root || Context::is_root());
     for (package, _) in left {
-        eprintln!("not root: the ignored tests of {package} are left out; they make network namespaces");
+        eprintln!("not root: the ignored tests of {package} are left out");
     }
     let packages = run.iter().flat_map(|(package, _)| ["--package", package]);
     // One at a time: some boot whole machines, and their time limits count on having the processors.
