@@ -1,21 +1,26 @@
 //! Makes the image partition hold exactly the files that the script names.
 //!
 //! A file with the right hash stays. Any other is fetched beside its name (`.NAME.part`), synced, read back from the disk
-//! and compared, and only then renamed: a crash at any point leaves no file under its name with the wrong contents,
+//! and hashed, and only then renamed: a crash at any point leaves no file under its name with the wrong contents,
 //! and every start checks all hashes again anyway. What is not named is removed first, to make room.
+//!
+//! A file is hashed once, as the disk gives it back: that finds what went wrong at PLC, on the way and on the disk alike.
+//! Whose fault it was is found out when something did.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{self, Read as _},
     path::Path,
+    time::{Duration, Instant},
 };
 
-use commonage_init::say;
+use commonage_init::{error as files, say};
 use commonage_plc_api::boot::ImageFile;
 use commonage_plc_client::Client;
 use rustix::fs::Advice;
 use sha2::{Digest as _, Sha256};
+use tokio::io::BufWriter;
 
 use crate::{
     ME,
@@ -24,6 +29,12 @@ use crate::{
 
 /// Left free for the file system's own needs.
 const SLACK: u64 = 4 << 20;
+/// Bytes that may wait in memory before they are written to the disk: it writes while the rest still comes.
+const UNWRITTEN: u64 = 4 << 20;
+/// Bytes for each write to a file.
+const PIECE: usize = 1 << 20;
+/// Between two lines about the same file.
+const PROGRESS: Duration = Duration::from_secs(2);
 
 /// What to do with the directory.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -66,6 +77,8 @@ pub async fn install(directory: &Path, wanted: &BTreeMap<String, ImageFile>, cli
         };
         removed.map_err(|e| Error::io(format!("remove {}", path.display()), e))?;
     }
+    files::write("/proc/sys/vm/dirty_background_bytes", UNWRITTEN.to_string())
+        .unwrap_or_else(|e| say!(ME, "warning: {e}"));
     for (name, file) in plan.fetch {
         fetch(directory, name, file, client).await?;
     }
@@ -100,16 +113,16 @@ async fn fetch(directory: &Path, name: &str, file: &ImageFile, client: &Client) 
     }
     let aside = directory.join(format!(".{name}.part"));
     let writing = |e| Error::io(format!("write {}", aside.display()), e);
-    let mut to = tokio::fs::File::create(&aside).await.map_err(writing)?;
-    let mut tenths = 0;
-    let progress = |done: u64| {
-        let now = done.saturating_mul(10) / file.size.max(1);
-        if now > tenths {
-            tenths = now;
+    let to = tokio::fs::File::create(&aside).await.map_err(writing)?;
+    let mut to = BufWriter::with_capacity(PIECE, to);
+    let mut progress = Progress::new(Instant::now());
+    let told = |done: u64| {
+        if progress.is_due(Instant::now()) {
             say!(ME, "{name}: {} of {} MiB", done >> 20, file.size >> 20);
         }
     };
-    let fetched = client.download_boot_file(&file.sha256, file.size, &mut to, progress).await;
+    let fetched = client.download_unhashed_boot_file(&file.sha256, file.size, &mut to, told).await;
+    let to = to.into_inner();
     if let Err(e) = fetched {
         drop(to);
         fs::remove_file(&aside).ok();
@@ -128,12 +141,33 @@ async fn fetch(directory: &Path, name: &str, file: &ImageFile, client: &Client) 
     drop(to);
     if sha256(&aside).map_err(|e| Error::io(format!("read {}", aside.display()), e))? != file.sha256 {
         fs::remove_file(&aside).ok();
+        // If PLC's file is damaged this says so.
+        client.download_boot_file(&file.sha256, file.size, &mut tokio::io::sink(), |_| {}).await?;
         return Err(Error::ReadBack { file: name.into() });
     }
     fs::rename(&aside, directory.join(name)).map_err(writing)?;
     File::open(directory).and_then(|d| d.sync_all()).map_err(writing)?;
-    say!(ME, "{name}: installed");
+    say!(ME, "{name}: installed, {} MiB", file.size.div_ceil(1 << 20));
     Ok(())
+}
+
+/// When to say how far a transfer is: not at all of one that is quick, and a console is slow.
+struct Progress {
+    last: Instant,
+}
+
+impl Progress {
+    fn new(start: Instant) -> Self {
+        Self { last: start }
+    }
+
+    fn is_due(&mut self, now: Instant) -> bool {
+        let due = now.saturating_duration_since(self.last) >= PROGRESS;
+        if due {
+            self.last = now;
+        }
+        due
+    }
 }
 
 fn sha256(path: &Path) -> io::Result<String> {
@@ -176,6 +210,18 @@ mod tests {
         assert_eq!(plan.fetch.keys().copied().collect::<Vec<_>>(), ["changed", "directory", "new", "short"]);
         let remove: Vec<_> = plan.remove.iter().map(String::as_str).collect();
         assert_eq!(remove, [".new.part", "changed", "directory", "old", "short"]);
+    }
+
+    #[test]
+    fn tells_progress_every_two_seconds() {
+        let start = Instant::now();
+        let mut progress = Progress::new(start);
+        let due: Vec<u64> =
+            (0..70).filter(|tenth| progress.is_due(start + Duration::from_millis(tenth * 100))).collect();
+        assert_eq!(due, [20, 40, 60]);
+        // Quick ones say nothing, and one that stood still is told of once.
+        assert!(progress.is_due(start + Duration::from_secs(60)));
+        assert!(!progress.is_due(start + Duration::from_secs(61)));
     }
 
     proptest! {

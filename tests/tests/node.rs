@@ -204,7 +204,7 @@ fn foreign_source_port(sliver: &Sliver, plc: u16) -> Result<()> {
         .as_object()
         .context("no drop counters")?
         .iter()
-        .any(|(reason, n)| reason.contains("source-port") && n.as_u64().is_some_and(|n| n > 0));
+        .any(|(reason, n)| reason == "port-not-owned" && n.as_u64().is_some_and(|n| n > 0));
     ensure!(dropped, "the drop was not counted: {network}");
     Ok(())
 }

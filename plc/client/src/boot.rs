@@ -39,27 +39,56 @@ impl Client {
         into: &mut W,
         mut progress: impl FnMut(u64),
     ) -> Result<()> {
+        let mut hash = Sha256::new();
+        let each = |chunk: &[u8], got| {
+            hash.update(chunk);
+            progress(got);
+        };
+        self.stream_boot_file(sha256, size, into, each).await?;
+        let is = hex::encode(hash.finalize());
+        if is == sha256 { Ok(()) } else { Err(damaged(sha256, format!("its SHA-256 is {is}"))) }
+    }
+
+    /// [`Client::download_boot_file`] for who reads back and hashes what was written: only the size is checked, so nothing is hashed twice.
+    ///
+    /// # Errors
+    /// As any call; the file has another size; `into` cannot be written.
+    pub async fn download_unhashed_boot_file<W: AsyncWrite + Unpin>(
+        &self,
+        sha256: &str,
+        size: u64,
+        into: &mut W,
+        mut progress: impl FnMut(u64),
+    ) -> Result<()> {
+        self.stream_boot_file(sha256, size, into, |_, got| progress(got)).await
+    }
+
+    /// Gives each piece, and the number of bytes with it, to `each` and writes it.
+    async fn stream_boot_file<W: AsyncWrite + Unpin>(
+        &self,
+        sha256: &str,
+        size: u64,
+        into: &mut W,
+        mut each: impl FnMut(&[u8], u64),
+    ) -> Result<()> {
         let request = self.request(Method::GET, &format!("v1/boot/files/{}", checked(sha256)?))?;
         let mut response = self.answer(request, 0).await?;
-        let damaged = |why: String| Error::Damaged { sha256: sha256.to_owned(), why };
         let local = |source| Error::Local { what: format!("writing boot file {sha256}"), source };
-        let (mut hash, mut got) = (Sha256::new(), 0_u64);
+        let mut got = 0_u64;
         while let Some(chunk) = self.chunk(&mut response).await? {
             let chunk = &*chunk;
             got = got.saturating_add(chunk.len() as u64);
             if got > size {
-                return Err(damaged(format!("it is longer than {size} bytes")));
+                return Err(damaged(sha256, format!("it is longer than {size} bytes")));
             }
-            hash.update(chunk);
             into.write_all(chunk).await.map_err(local)?;
-            progress(got);
+            each(chunk, got);
         }
         into.flush().await.map_err(local)?;
         if got != size {
-            return Err(damaged(format!("it has {got} bytes instead of {size}")));
+            return Err(damaged(sha256, format!("it has {got} bytes instead of {size}")));
         }
-        let is = hex::encode(hash.finalize());
-        if is == sha256 { Ok(()) } else { Err(damaged(format!("its SHA-256 is {is}"))) }
+        Ok(())
     }
 
     /// The size of a boot file that PLC has.
@@ -147,6 +176,10 @@ async fn moved_on(moves: &mut tokio::sync::watch::Receiver<()>) {
     if moves.changed().await.is_err() {
         std::future::pending::<()>().await;
     }
+}
+
+fn damaged(sha256: &str, why: String) -> Error {
+    Error::Damaged { sha256: sha256.to_owned(), why }
 }
 
 fn length(response: &Response) -> Option<u64> {

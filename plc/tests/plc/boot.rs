@@ -168,4 +168,10 @@ async fn files_come_and_go_whole_or_not_at_all() {
     std::fs::write(kept, damaged).unwrap();
     let noticed = on_node.download_boot_file(&sha256, size, &mut Vec::new(), |_| {}).await;
     assert!(matches!(noticed, Err(Error::Damaged { .. })), "{noticed:?}");
+    // Unless the node says that it will hash the file itself; its size is checked all the same.
+    let mut got = Vec::new();
+    on_node.download_unhashed_boot_file(&sha256, size, &mut got, |_| {}).await.unwrap();
+    assert_ne!(hash(&got), sha256);
+    let too_short = on_node.download_unhashed_boot_file(&sha256, size - 1, &mut Vec::new(), |_| {}).await;
+    assert!(matches!(too_short, Err(Error::Damaged { .. })), "{too_short:?}");
 }
