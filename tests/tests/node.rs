@@ -109,7 +109,7 @@ fn upload(sliver: &Sliver, tool: &str) -> Result<()> {
     let bytes = std::fs::read(tool)?;
     let output = sliver.ssh.output(
         &[],
-        "cat > /tmp/vsock-call && chmod 755 /tmp/vsock-call && wc -c < /tmp/vsock-call",
+        "cat > /root/vsock-call && chmod 755 /root/vsock-call && wc -c < /root/vsock-call",
         &bytes,
     )?;
     let said = String::from_utf8_lossy(&output.stdout);
@@ -119,7 +119,7 @@ fn upload(sliver: &Sliver, tool: &str) -> Result<()> {
 
 /// A raw request to the node manager from inside a sliver: HTTP status and body.
 fn raw(sliver: &Sliver, request: &[u8]) -> Result<(u16, Value)> {
-    let output = sliver.ssh.output(&[], "/tmp/vsock-call 806", request)?;
+    let output = sliver.ssh.output(&[], "/root/vsock-call 806", request)?;
     let text = String::from_utf8_lossy(&output.stdout);
     let status = text.split_whitespace().nth(1).and_then(|s| s.parse().ok());
     let Some(status) = status else {
@@ -173,7 +173,7 @@ fn hostile_calls(sliver: &Sliver) -> Result<()> {
     // A line that never ends, and no HTTP at all.
     let output = sliver.ssh.output(
         &[],
-        "head -c 300000 /dev/zero | tr '\\0' a | /tmp/vsock-call 806 | head -c 12",
+        "head -c 300000 /dev/zero | tr '\\0' a | /root/vsock-call 806 | head -c 12",
         b"",
     )?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
