@@ -1,40 +1,61 @@
 //! Loads the installed kernel, with the node's own configuration appended to its initramfs.
 
-use std::{fs::File, io, os::fd::AsFd as _, path::Path};
+use std::{
+    fs::File,
+    io::{self, Read as _, Write as _},
+    os::fd::AsFd as _,
+    path::Path,
+};
 
 use commonage_init::{cpio, kexec, say};
+use commonage_plc_api::boot::ImageFile;
 use rustix::fs::MemfdFlags;
+use sha2::{Digest as _, Sha256};
 
 use crate::{
     ME,
     error::{Error, Result},
 };
 
-/// Loads `kernel` with `initramfs`, both in `directory`, whose hashes were checked when they were installed.
+/// Loads `kernel` with `initramfs`, both in `directory`. Each is copied into memory, and what is there is what is hashed and
+/// what runs: a disk that gives back something else than it did a moment ago cannot slip it in.
 pub fn load(
     directory: &Path,
-    kernel: &str,
-    initramfs: &str,
+    (kernel, kernel_file): (&str, &ImageFile),
+    (initramfs, initramfs_file): (&str, &ImageFile),
     cmdline: &str,
     node_config: &[u8],
 ) -> Result<()> {
-    let open = |name: &str| {
-        let path = directory.join(name);
-        File::open(&path).map_err(|e| Error::io(format!("open {}", path.display()), e))
-    };
-    let kernel = open(kernel)?;
-    let mut installed = open(initramfs)?;
-    let mut whole = || -> io::Result<File> {
-        let mut whole = File::from(rustix::fs::memfd_create("initramfs", MemfdFlags::CLOEXEC)?);
-        let length = io::copy(&mut installed, &mut whole)?;
-        append(&mut whole, length, node_config)?;
-        Ok(whole)
-    };
-    let whole = whole()
-        .map_err(|e| Error::io(format!("put {initramfs} and the node's configuration into memory"), e))?;
+    let kernel = in_memory(directory, kernel, kernel_file)?;
+    let mut whole = in_memory(directory, initramfs, initramfs_file)?;
+    append(&mut whole, initramfs_file.size, node_config)
+        .map_err(|e| Error::io("append the node's configuration to the initramfs", e))?;
     kexec::load(kernel.as_fd(), whole.as_fd(), cmdline)?;
     say!(ME, "kernel loaded: {cmdline}");
     Ok(())
+}
+
+/// A copy of a file whose bytes have the hash that was signed; its position is at its end.
+fn in_memory(directory: &Path, name: &str, wanted: &ImageFile) -> Result<File> {
+    let path = directory.join(name);
+    let copy = || -> io::Result<(File, String)> {
+        let mut from = File::open(&path)?.take(wanted.size.saturating_add(1));
+        let mut copy = File::from(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?);
+        let mut hash = Sha256::new();
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            let length = from.read(&mut buffer)?;
+            match buffer.get(..length) {
+                Some([]) | None => return Ok((copy, hex::encode(hash.finalize()))),
+                Some(bytes) => {
+                    hash.update(bytes);
+                    copy.write_all(bytes)?;
+                }
+            }
+        }
+    };
+    let (copy, hash) = copy().map_err(|e| Error::io(format!("read {} into memory", path.display()), e))?;
+    if hash == wanted.sha256 { Ok(copy) } else { Err(Error::ReadBack { file: name.into() }) }
 }
 
 /// Appends an archive with `/etc/commonage/node.json` to an initramfs of `length` bytes. Only root may read the file: it
@@ -51,6 +72,21 @@ fn append(to: &mut impl io::Write, length: u64, node_config: &[u8]) -> io::Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn takes_only_what_was_signed() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("kernel"), "genuine").unwrap();
+        let wanted = ImageFile { sha256: hex::encode(Sha256::digest("genuine")), size: 7 };
+        let mut copy = in_memory(directory.path(), "kernel", &wanted).unwrap();
+        io::Seek::rewind(&mut copy).unwrap();
+        assert_eq!(io::read_to_string(copy).unwrap(), "genuine");
+        for other in ["genuina", "genuine and more", ""] {
+            std::fs::write(directory.path().join("kernel"), other).unwrap();
+            let refused = in_memory(directory.path(), "kernel", &wanted);
+            assert!(matches!(refused, Err(Error::ReadBack { .. })), "{other}");
+        }
+    }
 
     #[test]
     fn appends_at_a_word() {

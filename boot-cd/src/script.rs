@@ -121,6 +121,7 @@ pub async fn run(
     // A try before this one may have failed with the partition mounted.
     mounts::unmount(IMAGE)?;
     let mut image = None;
+    let mut installed = &BTreeMap::new();
     for step in &script.steps {
         match step {
             Step::Partition { min_mib, image_mib } => {
@@ -134,15 +135,18 @@ pub async fn run(
                 let unmounted = mounts::unmount(IMAGE);
                 done?;
                 unmounted?;
+                installed = files;
             }
             Step::Kexec { kernel, initramfs, cmdline } => {
                 phase("kexec");
                 disk::mount_image(needed(&image)?, IMAGE)?;
-                let done = kexec::load(IMAGE.as_ref(), kernel, initramfs, cmdline, node_config);
+                let kernel = named(installed, kernel)?;
+                let done =
+                    kexec::load(IMAGE.as_ref(), kernel, named(installed, initramfs)?, cmdline, node_config);
                 let unmounted = mounts::unmount(IMAGE);
                 done?;
                 unmounted?;
-                say!(ME, "starting {kernel} of release {}", script.release);
+                say!(ME, "starting {} of release {}", kernel.0, script.release);
             }
         }
     }
@@ -152,6 +156,15 @@ pub async fn run(
 /// The image partition, which [`check`] made sure an earlier step found.
 fn needed(image: &Option<PathBuf>) -> Result<&Path, ScriptError> {
     image.as_deref().ok_or(ScriptError::Order { step: 1, needs: "a partition step".into() })
+}
+
+/// An installed file by its name, which [`check`] made sure is among them.
+fn named<'a>(
+    installed: &'a BTreeMap<String, ImageFile>,
+    name: &'a str,
+) -> Result<(&'a str, &'a ImageFile), ScriptError> {
+    let missing = || ScriptError::Order { step: 1, needs: format!("the file {name:?} installed") };
+    Ok((name, installed.get(name).ok_or_else(missing)?))
 }
 
 #[cfg(test)]
