@@ -1,7 +1,7 @@
 //! TLS needs a clock that is not absurdly wrong, and a node's may be: its battery is empty, or it never had one.
 //!
 //! PLC's certificate cannot be checked by a clock that is before the certificate's time. So the clock is raised, never
-//! lowered, to the start of the node's own certificate, which is as new as this CD. Whoever can set a node's clock back
+//! lowered, to the start of the node's own certificate: all of PLC's begin at the same, early time. Whoever can set a node's clock back
 //! gains nothing: what is run is decided by signatures, the nonce and PLC's own time in the grant.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -17,7 +17,7 @@ use crate::{
 pub fn raise(cert_pem: &str) -> Result<()> {
     let floor = not_before(cert_pem).map_err(|why| Error::Config(format!("certificate: {why}")))?;
     if SystemTime::now() < floor {
-        say!(ME, "the clock is before this CD was made; set to the CD's time until PLC tells the right one");
+        say!(ME, "the clock is before the time of any certificate; raised until PLC tells the right one");
         clock::set(floor)?;
     }
     Ok(())

@@ -126,10 +126,9 @@ impl Cgroup {
     /// The group cannot be read.
     pub fn populated(&self) -> Result<bool, CgroupError> {
         let path = self.path.join("cgroup.events");
-        match fs::read_to_string(&path) {
-            Ok(events) => Ok(events.lines().any(|l| l == "populated 1")),
-            // ENODEV: removed between opening and reading.
-            Err(e) if matches!(Errno::from_io_error(&e), Some(Errno::NOENT | Errno::NODEV)) => Ok(false),
+        match File::open(&path).and_then(|file| is_populated(&file)) {
+            Ok(populated) => Ok(populated),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(source) => Err(CgroupError { what: "read", path, source }),
         }
     }
@@ -160,14 +159,18 @@ impl Cgroup {
             Err(e) => return Err(failed(e)),
         };
         let deadline = Instant::now() + timeout;
-        while self.populated()? {
+        // Read through the file that is polled: the kernel tells of changes since that one was last read.
+        while is_populated(&file).map_err(failed)? {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(failed(io::ErrorKind::TimedOut.into()));
             }
             let left = Timespec::try_from(left).map_err(|e| failed(io::Error::other(e)))?;
             // The kernel raises POLLPRI when the file changes.
-            poll(&mut [PollFd::new(&file, PollFlags::PRI)], Some(&left)).map_err(|e| failed(e.into()))?;
+            match poll(&mut [PollFd::new(&file, PollFlags::PRI)], Some(&left)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(e) => return Err(failed(e.into())),
+            }
         }
         Ok(())
     }
@@ -187,6 +190,19 @@ impl Cgroup {
 
     fn set(&self, file: &str, value: &str) -> Result<(), CgroupError> {
         write(&self.path.join(file), value)
+    }
+}
+
+/// What `cgroup.events`, opened, says now. Of a group that was removed since: nobody is in it.
+fn is_populated(events: &File) -> io::Result<bool> {
+    let mut text = [0; 256];
+    match rustix::io::pread(events, &mut text, 0) {
+        Ok(length) => {
+            let text = text.get(..length).unwrap_or_default();
+            Ok(text.split(|b| *b == b'\n').any(|line| line == b"populated 1"))
+        }
+        Err(Errno::NODEV) => Ok(false),
+        Err(e) => Err(e.into()),
     }
 }
 

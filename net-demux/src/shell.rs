@@ -212,12 +212,12 @@ impl Shell {
     /// A sliver's event is ready.
     fn wake(&mut self, id: SliverId, flags: EventFlags) {
         let Some(link) = self.wires.links.get_mut(&id) else { return };
-        link.endpoint.drain_event();
+        let lives = link.endpoint.drain_event();
         if !link.queued {
             link.queued = true;
             self.ready.push_back(id);
         }
-        if flags.intersects(EventFlags::HUP | EventFlags::ERR) {
+        if !lives || flags.intersects(EventFlags::HUP | EventFlags::ERR) {
             // Whoever holds the other end is gone for good; its node manager will detach it. What it sent before is still sent.
             let _ = epoll::delete(&self.epoll, link.endpoint.event());
         }

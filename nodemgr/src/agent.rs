@@ -27,8 +27,8 @@ export HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin
 ) </dev/null >/dev/console 2>&1 &
 ";
 
-/// What the agent may use, and how it starts. The node's configuration is read anew at each start of the node manager.
-pub fn sliver(settings: &Settings) -> (Rspec, SliverConfig) {
+/// What the agent may use, and how it starts, but for its [`files`].
+pub fn sliver() -> (Rspec, SliverConfig) {
     let end = Timestamp::from_second(FOREVER).unwrap_or(Timestamp::MAX);
     let rspec = Rspec {
         share: 2000,
@@ -46,19 +46,21 @@ pub fn sliver(settings: &Settings) -> (Rspec, SliverConfig) {
         ]),
         interval: Interval { start: Timestamp::UNIX_EPOCH, end },
     };
-    let node_json = std::fs::read(&settings.node_config).inspect_err(|e| {
-        tracing::error!("cannot read {}: {e}; the agent cannot reach PLC", settings.node_config.display())
-    });
-    let files = node_json.map(|json| File {
-        path: "/run/commonage/node.json".to_owned(),
-        mode: 0o600,
-        contents: Bytes(json),
-    });
     let config = SliverConfig {
         base: "agent".to_owned(),
         ssh_keys: Vec::new(),
         boot_script: BOOT_SCRIPT.to_owned(),
-        files: files.into_iter().collect(),
+        files: Vec::new(),
     };
     (rspec, config)
+}
+
+/// What is laid in the agent's sliver at each start: the node's configuration. It holds the node's private key, so it goes from memory to
+/// memory (a guest's `/run`) and is never part of what the database keeps.
+pub fn files(settings: &Settings) -> Vec<File> {
+    let node_json = std::fs::read(&settings.node_config).inspect_err(|e| {
+        tracing::error!("cannot read {}: {e}; the agent cannot reach PLC", settings.node_config.display())
+    });
+    let path = "/run/commonage/node.json".to_owned();
+    node_json.map(|json| File { path, mode: 0o600, contents: Bytes(json) }).into_iter().collect()
 }

@@ -123,12 +123,12 @@ impl Manager {
         tokio::spawn(Self::lapse(Arc::downgrade(self)));
     }
 
-    /// Makes sure that the agent's sliver is in the book, with the node's configuration as it is now.
+    /// Makes sure that the agent's sliver is in the book, as this version wants it.
     ///
     /// # Errors
     /// It does not fit, or the disk failed.
     pub async fn keep_agent(self: &Arc<Self>) -> Result<(), ApiError> {
-        let (rspec, config) = agent::sliver(&self.settings);
+        let (rspec, config) = agent::sliver();
         let rcap = Rcap::random().map_err(Error::from)?;
         self.change(move |book| book.keep_agent(rspec, config, rcap, Timestamp::now())).await
     }

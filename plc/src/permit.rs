@@ -147,11 +147,13 @@ impl Caller {
     /// It may not.
     pub fn may_change_keys(&self, other: &Principal) -> Allowed<()> {
         let p = self.principal()?;
-        if p.name == other.name || other.site.as_ref().is_some_and(|site| is_pi(p, site)) {
+        // Of plain users only: another PI's or an administrator's key opens slices that are none of this site's affairs.
+        let plain = other.roles.iter().all(|role| *role == Role::User);
+        if p.name == other.name || (plain && other.site.as_ref().is_some_and(|site| is_pi(p, site))) {
             return Ok(());
         }
         Err(forbidden(format!("{} may not change the SSH keys of {}", p.name, other.name))
-            .hint("only that principal and a PI of its site may"))
+            .hint("only that principal and, for plain users, a PI of its site may"))
     }
 
     /// As what the caller may make this call on a slice of `site` with these owners.

@@ -45,7 +45,8 @@ pub struct Config {
     pub state: PathBuf,
     /// Where to listen; port 0 takes a free one.
     pub listen: SocketAddr,
-    /// Names and addresses that clients use for PLC, besides 127.0.0.1, localhost and the one listened on.
+    /// Names and addresses that clients use for PLC, besides 127.0.0.1, localhost and the one listened on. The first one is written to
+    /// the administrator's profile, and from there to whatever is made with it.
     pub names: Vec<String>,
     /// How far an owner may extend a slice.
     pub max_lifetime: SignedDuration,
@@ -75,8 +76,15 @@ impl Server {
         let address =
             listener.local_addr().map_err(|source| Error::Listen { address: listen.to_string(), source })?;
         let here = if address.ip().is_unspecified() { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { address.ip() };
+        // The first name is how the administrator's profile, and so whatever is made with it, calls PLC.
+        let port = address.port();
+        let url = match names.first() {
+            Some(name) if !name.contains(':') => format!("https://{name}:{port}"),
+            Some(name) => format!("https://[{name}]:{port}"),
+            None => format!("https://{}", SocketAddr::new(here, port)),
+        };
         let keys = Keys::open(&state, &all_names(names, here))?;
-        let admin = keys.admin(&state, &format!("https://{}", SocketAddr::new(here, address.port())))?;
+        let admin = keys.admin(&state, &url)?;
         let db = Db::open(&state.join("plc.sqlite")).await?;
         ensure_admin(&db, &admin).await?;
         let files = Files::open(&state).await?;

@@ -34,10 +34,11 @@ impl Plc {
             state.display().to_string(),
             "--listen".to_owned(),
             format!("127.0.0.1:{port}"),
-            "--name".to_owned(),
-            gateway::HOST.to_string(),
+            // The first one is this machine's own way there.
             "--name".to_owned(),
             "127.0.0.1".to_owned(),
+            "--name".to_owned(),
+            gateway::HOST.to_string(),
         ];
         let mut process = Process::start(binary, &args, &dir.join("plcd.log"), true)?;
         let output = process.stdout().context("plcd's output is gone")?;

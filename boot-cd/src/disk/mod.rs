@@ -77,8 +77,18 @@ pub fn partition(min_mib: u64, image_mib: u64, devices: &mut Devices) -> Result<
         let why = || format!("the kernel finds no partition {label} on it");
         let missing = || Error::Table { disk: plan.disk.name.clone(), why: why() };
         let device = found.ok_or_else(missing)?.device;
-        if plan.action.adds(label) || read_label(&device).as_deref() != Some(label) {
+        if plan.action.adds(label) {
             make_file_system(&device, label)?;
+            return Ok(device);
+        }
+        match read_label(&device)? {
+            Found::Label(found) if found == label => {}
+            // Tenants' disks may be in there. Somebody has to look.
+            Found::Label(found) if label == STATE_LABEL => {
+                let why = format!("its state partition has an ext4 file system labelled {found:?}");
+                return Err(Error::Table { disk: plan.disk.name.clone(), why });
+            }
+            Found::Label(_) | Found::Nothing => make_file_system(&device, label)?,
         }
         Ok(device)
     };
@@ -113,16 +123,25 @@ fn make_file_system(device: &Path, label: &str) -> Result<()> {
     Err(failed(format!("{}: {words}", done.status)))
 }
 
-/// The label of the ext4 file system on a device, if there is one.
-fn read_label(device: &Path) -> Option<String> {
+/// What is on a partition.
+#[derive(Debug, PartialEq, Eq)]
+enum Found {
+    /// An ext4 file system with this label.
+    Label(String),
+    /// No ext4 file system.
+    Nothing,
+}
+
+/// Looks what is on a partition. That it can't be read is an error, and not taken for nothing.
+fn read_label(device: &Path) -> Result<Found> {
     let mut superblock = [0; 1024];
     let read = |superblock: &mut [u8]| -> io::Result<()> {
         let mut file = File::open(device)?;
         file.seek(SeekFrom::Start(1024))?;
         file.read_exact(superblock)
     };
-    read(&mut superblock).ok()?;
-    label(&superblock)
+    read(&mut superblock).map_err(|e| Error::io(format!("read {}", device.display()), e))?;
+    Ok(label(&superblock).map_or(Found::Nothing, Found::Label))
 }
 
 /// `s_magic` is at 0x38 and `s_volume_name`, 16 bytes, at 0x78 of the superblock.
@@ -132,7 +151,7 @@ fn label(superblock: &[u8; 1024]) -> Option<String> {
     }
     let name = superblock.get(0x78..0x88)?;
     let name = name.split(|b| *b == 0).next()?;
-    String::from_utf8(name.to_vec()).ok()
+    Some(String::from_utf8_lossy(name).into_owned())
 }
 
 #[cfg(test)]
@@ -147,6 +166,6 @@ mod tests {
         superblock[0x38..0x3a].copy_from_slice(&[0x53, 0xef]);
         assert_eq!(label(&superblock).as_deref(), Some(IMAGE_LABEL));
         superblock[0x78..0x88].fill(0xff);
-        assert_eq!(label(&superblock), None);
+        assert_ne!(label(&superblock).as_deref(), Some(IMAGE_LABEL));
     }
 }

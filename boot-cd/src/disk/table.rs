@@ -19,8 +19,11 @@ use crate::error::{Error, Result};
 pub fn describe(name: String) -> Result<Disk> {
     let block_size = std::fs::read_to_string(format!("/sys/block/{name}/queue/logical_block_size"));
     let block_size = block_size.ok().and_then(|s| s.trim().parse().ok()).unwrap_or(512);
-    let partitions = match config(block_size) {
-        Some(config) => config.open(device(&name)).ok().map(|table| {
+    let Some(config) = config(block_size) else {
+        return Err(failed(&name, format!("blocks of {block_size} bytes are not supported")));
+    };
+    let partitions = match config.open(device(&name)) {
+        Ok(table) => {
             let used = table.partitions().iter().filter(|(_, p)| p.is_used());
             let partition = |(id, p): (&u32, &gpt::partition::Partition)| Partition {
                 id: *id,
@@ -28,9 +31,13 @@ pub fn describe(name: String) -> Result<Disk> {
                 first: p.first_lba,
                 last: p.last_lba,
             };
-            used.map(partition).collect()
-        }),
-        None => return Err(failed(&name, format!("blocks of {block_size} bytes are not supported"))),
+            Some(used.map(partition).collect())
+        }
+        // A disk that can't be read is not an empty one: it may be the one with the state. (One too short for a table is.)
+        Err(gpt::GptError::Io(e)) if e.kind() != std::io::ErrorKind::UnexpectedEof => {
+            return Err(failed(&name, format!("its partition table cannot be read: {e}")));
+        }
+        Err(_) => None,
     };
     Ok(Disk { blocks: size(&name) / block_size, block_size, partitions, name })
 }

@@ -49,8 +49,10 @@ pub enum Command {
 
 /// Smallest disk a node may have, MiB.
 const MIN_DISK_MIB: u64 = 4096;
-/// Room beyond the files of one release, so that the next one fits beside it while it is written.
-const IMAGE_SLACK_MIB: u64 = 256;
+/// Size of the image partition, MiB: the same for all releases, because it can't grow once there is a state partition behind it.
+const IMAGE_MIB: u64 = 2048;
+/// What its file system needs for itself, MiB.
+const IMAGE_SLACK_MIB: u64 = 128;
 /// The node's kernel command line: both consoles, and a reboot (back to the CD) ten seconds after a panic.
 const CMDLINE: &str = "console=tty0 console=ttyS0 quiet panic=10";
 
@@ -108,8 +110,11 @@ fn script(release: String, files: BTreeMap<String, ImageFile>, cmdline: String) 
         }
     }
     let mib = files.values().map(|f| f.size.div_ceil(1 << 20)).sum::<u64>();
+    if mib + IMAGE_SLACK_MIB > IMAGE_MIB {
+        bail!("the files are {mib} MiB in all; nodes have room for {} MiB", IMAGE_MIB - IMAGE_SLACK_MIB);
+    }
     let steps = vec![
-        Step::Partition { min_mib: MIN_DISK_MIB, image_mib: (2 * mib + IMAGE_SLACK_MIB).next_power_of_two() },
+        Step::Partition { min_mib: MIN_DISK_MIB, image_mib: IMAGE_MIB },
         Step::Install { files },
         Step::Kexec { kernel: "vmlinuz".into(), initramfs: "initramfs".into(), cmdline },
     ];

@@ -25,6 +25,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 use crate::mapping::Mapping;
@@ -284,16 +285,19 @@ impl Endpoint {
         self.event.as_fd()
     }
 
-    /// Takes back the event's readiness. Call before looking for frames, not after.
-    pub fn drain_event(&self) {
+    /// Takes back the event's readiness. Call before looking for frames, not after. False when the event is over (the peer closed
+    /// it, in part or whole): it stays ready for ever then, so whoever polls must stop polling it.
+    pub fn drain_event(&self) -> bool {
         let mut byte = [0u8; 8];
         // Bounded, because a hostile peer can write as fast as we read; what stays only wakes us again.
         for _ in 0..64 {
             match rustix::net::recv(&self.event, &mut byte[..], RecvFlags::DONTWAIT) {
-                Ok((_, 0)) | Err(_) => return,
-                Ok(_) => {}
+                Ok((_, 0)) => return false,
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(e) => return e == Errno::AGAIN,
             }
         }
+        true
     }
 
     /// True once the peer broke the ring's rules. It stays so: nothing is sent or received any more.
@@ -474,7 +478,9 @@ fn event_pair() -> io::Result<(OwnedFd, OwnedFd)> {
 fn check_event(fd: &OwnedFd, name: &'static str) -> Result<(), RingError> {
     let unix = rustix::net::sockopt::socket_domain(fd) == Ok(AddressFamily::UNIX);
     let packets = rustix::net::sockopt::socket_type(fd) == Ok(SocketType::SEQPACKET);
-    if unix && packets { Ok(()) } else { Err(RingError::BadEvent(name)) }
+    // One that listens would be ready for ever and never say anything.
+    let listens = rustix::net::sockopt::socket_acceptconn(fd) != Ok(false);
+    if unix && packets && !listens { Ok(()) } else { Err(RingError::BadEvent(name)) }
 }
 
 fn duplicate(fds: &RingFds) -> io::Result<RingFds> {

@@ -100,6 +100,9 @@ pub fn settle() -> Result<()> {
         // The node speaks IPv4 only; what the demux does not know must not go past it.
         ("net/ipv6/conf/all/disable_ipv6", "1"),
         ("net/ipv6/conf/default/disable_ipv6", "1"),
+        // Nobody makes a name for what is not his, in a directory where the host works.
+        ("fs/protected_hardlinks", "1"),
+        ("fs/protected_symlinks", "1"),
         // A kernel that panics restarts, through the boot CD.
         ("kernel/panic", "10"),
         ("kernel/panic_on_oops", "1"),

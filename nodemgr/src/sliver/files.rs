@@ -2,12 +2,13 @@
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _, chown, lchown};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _, chown};
 use std::path::Path;
 use std::time::Duration;
 
 use commonage_isolation_api::{Rspec, SliceName};
 use commonage_vmm_api::{MachineConfig, NetConfig, VsockConfig};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use tokio::net::UnixListener;
 
 use super::Paths;
@@ -37,8 +38,20 @@ pub fn listen(path: &Path, uid: u32) -> Result<UnixListener, Error> {
     // bind never follows a link laid here meanwhile: it fails.
     let listener = UnixListener::bind(path).map_err(Error::io("listen at", path))?;
     // The directory is closed to all but the sliver's user, so the socket's own mode matters to that user only.
-    lchown(path, Some(uid), Some(uid)).map_err(Error::io("give away", path))?;
+    give_away(path, uid).map_err(Error::io("give away", path))?;
     Ok(listener)
+}
+
+/// Gives a socket that was just made to the sliver's user. That user owns the directory, so what is there by now may be a link to something of
+/// the host's: what is given away is what was looked at, a socket with one name.
+fn give_away(path: &Path, uid: u32) -> io::Result<()> {
+    let socket = rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    let stat = rustix::fs::fstat(&socket)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Socket || stat.st_nlink != 1 {
+        return Err(io::Error::other("something else was laid there"));
+    }
+    let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
+    Ok(rustix::fs::chownat(&socket, "", Some(user), Some(group), AtFlags::EMPTY_PATH)?)
 }
 
 /// Writes the machine's description.

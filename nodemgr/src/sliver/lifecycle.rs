@@ -20,12 +20,12 @@ use tokio::time::Instant;
 use super::guest::{Link, Said};
 use super::machine::Machine;
 use super::{Command, Paths, console, disk, files, spawn};
-use crate::api;
-use crate::book::{Grant, SliverRecord};
+use crate::book::{AGENT, Grant, SliverRecord};
 use crate::demux::Attachment;
 use crate::error::Error;
 use crate::host::Host;
 use crate::manager::{Manager, sleep_until};
+use crate::{agent, api};
 
 /// Waits between starts.
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
@@ -312,7 +312,8 @@ impl Lifecycle {
         let admitted = admitted.map_err(|e| self.error(&format!("this node has become too small: {e}")))?;
         // Nothing may live in the directory that is made anew.
         self.kill().await?;
-        files::make_dir(&self.paths, self.uid)?;
+        let (paths, uid) = (self.paths.clone(), self.uid);
+        tokio::task::spawn_blocking(move || files::make_dir(&paths, uid)).await??;
         std::fs::remove_file(self.address_file()).ok();
         let (link, api) = self.listen()?;
         disk::prepare(&self.paths, admitted.rspec().disk_mib, self.uid, &self.manager.settings.mke2fs)
@@ -380,13 +381,21 @@ impl Lifecycle {
                     self.publish.send_replace(SliverState::Running { boot_script_exit });
                 }
             }
+            // Told once for each change: a guest may say it as often as it likes.
             FromGuest::Configured => {
-                live.configured = true;
-                tracing::info!("{}: configured after {} ms", self.slice, live.since.elapsed().as_millis());
+                if !std::mem::replace(&mut live.configured, true) {
+                    tracing::info!(
+                        "{}: configured after {} ms",
+                        self.slice,
+                        live.since.elapsed().as_millis()
+                    );
+                }
             }
             FromGuest::BootScriptDone { exit } => {
-                tracing::info!("{}: boot script ended with status {exit}", self.slice);
-                self.publish.send_replace(SliverState::Running { boot_script_exit: exit });
+                let state = SliverState::Running { boot_script_exit: exit };
+                if self.publish.send_replace(state.clone()) != state {
+                    tracing::info!("{}: boot script ended with status {exit}", self.slice);
+                }
             }
             FromGuest::Failed { message } => {
                 let message: String = message.chars().filter(|c| !c.is_control()).take(MAX_MESSAGE).collect();
@@ -406,6 +415,7 @@ impl Lifecycle {
         if let Err(e) = getrandom::fill(&mut entropy) {
             return tracing::error!("{}: no random numbers for it: {e}", self.slice);
         }
+        let agent = self.slice.as_str() == AGENT;
         let identity = Identity {
             slice: self.slice.clone(),
             node: self.manager.settings.node.clone(),
@@ -414,7 +424,7 @@ impl Lifecycle {
             ports: grant.ports,
             ssh_keys: record.config.ssh_keys,
             boot_script: record.config.boot_script,
-            files: record.config.files,
+            files: if agent { agent::files(&self.manager.settings) } else { record.config.files },
             now: Timestamp::now(),
             entropy: Bytes(entropy),
         };

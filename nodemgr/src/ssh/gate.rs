@@ -27,7 +27,7 @@ const SMALL_WINDOW: u32 = 32 << 10;
 /// Waiting input from which windows are small, reading stops, and the connection ends, bytes.
 const LOW: usize = 256 << 10;
 const HIGH: usize = 1 << 20;
-const MOST: usize = 8 << 20;
+const MOST: usize = 2 << 20;
 /// How often a connection that is not read is looked at for its end.
 const LOOK: Duration = Duration::from_secs(2);
 

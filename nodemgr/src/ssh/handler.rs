@@ -16,7 +16,8 @@ use tokio::task::JoinSet;
 
 use super::bridge::{self, Input, Output, STDERR};
 use super::gate::{Gate, Held};
-use super::keys;
+use super::turnstile::{Entry, Turnstile};
+use super::{Limits, keys};
 use crate::directory::{Directory, Login};
 
 /// Most environment variables a session may set, and their most bytes in all: with the command they must fit a frame.
@@ -30,9 +31,12 @@ const MAX_TERM: usize = 64;
 pub(super) struct Visitor {
     peer: SocketAddr,
     directory: Arc<dyn Directory>,
-    max_sessions: usize,
+    slices: Turnstile<String>,
+    limits: Limits,
     gate: Gate,
     logged_in: Arc<Notify>,
+    /// This connection's place among those of its slice.
+    entry: Option<Entry<String>>,
     /// Whose slice, with which key, once that is proved.
     who: Option<(String, PublicKey)>,
     sessions: HashMap<ChannelId, Stage>,
@@ -52,12 +56,13 @@ impl Visitor {
     pub(super) fn new(
         peer: SocketAddr,
         directory: Arc<dyn Directory>,
-        max_sessions: usize,
+        slices: Turnstile<String>,
+        limits: Limits,
         gate: Gate,
         logged_in: Arc<Notify>,
     ) -> Self {
-        let (who, sessions, running) = (None, HashMap::new(), JoinSet::new());
-        Self { peer, directory, max_sessions, gate, logged_in, who, sessions, running }
+        let (entry, who, sessions, running) = (None, None, HashMap::new(), JoinSet::new());
+        Self { peer, directory, slices, limits, gate, logged_in, entry, who, sessions, running }
     }
 
     /// The sliver of `slice`, if there is one and `key` is one of its keys.
@@ -176,6 +181,13 @@ impl Handler for Visitor {
         if self.admit(user, key.public_key).is_none() {
             return Ok(rejected());
         }
+        // The place held so far, if this is asked twice, is free for this very connection.
+        self.entry = None;
+        self.entry = self.slices.enter(user.to_owned(), self.limits.of_one_slice);
+        if self.entry.is_none() {
+            tracing::debug!(peer = %self.peer, slice = user, "rejected: the slice has too many connections");
+            return Ok(rejected_for_good());
+        }
         self.who = Some((user.to_owned(), key.public_key.clone()));
         Ok(Auth::Accept)
     }
@@ -210,7 +222,7 @@ impl Handler for Visitor {
     ) -> Result<(), Self::Error> {
         // A channel that was closed from here is not reported closed: its sessions are let go of now.
         self.sessions.retain(|_, stage| !matches!(stage, Stage::Running(sender) if sender.is_closed()));
-        if self.sessions.len() >= self.max_sessions {
+        if self.sessions.len() >= self.limits.sessions {
             reply.reject(ChannelOpenFailure::ResourceShortage).await;
             return Ok(());
         }

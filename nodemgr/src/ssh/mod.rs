@@ -10,8 +10,9 @@ mod gate;
 mod handler;
 mod host_key;
 mod keys;
+mod turnstile;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ use crate::directory::Directory;
 use gate::{Gate, Gated};
 use handler::Visitor;
 pub use host_key::HostKey;
+use turnstile::{Entry, Turnstile};
 
 /// Why the front door cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +58,10 @@ pub struct Limits {
     pub connections: usize,
     /// Connections at a time that have not logged in.
     pub strangers: usize,
+    /// Of those, from one address.
+    pub strangers_from_one: usize,
+    /// Connections at a time that are logged in to one slice.
+    pub of_one_slice: usize,
     /// How long logging in may take.
     pub login: Duration,
     /// Sessions at a time on one connection.
@@ -64,7 +70,14 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 256, strangers: 64, login: Duration::from_secs(60), sessions: 16 }
+        Self {
+            connections: 256,
+            strangers: 64,
+            strangers_from_one: 16,
+            of_one_slice: 16,
+            login: Duration::from_secs(60),
+            sessions: 16,
+        }
     }
 }
 
@@ -97,6 +110,7 @@ pub async fn serve_within(
     let directory: Arc<dyn Directory> = Arc::new(directory);
     let connections = Arc::new(Semaphore::new(limits.connections));
     let strangers = Arc::new(Semaphore::new(limits.strangers));
+    let (sources, slices) = (Turnstile::new(), Turnstile::new());
     loop {
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -107,16 +121,19 @@ pub async fn serve_within(
             }
         };
         // Over the limit the newcomer is dropped: those who are in stay in.
-        let (Ok(connection), Ok(stranger)) =
-            (connections.clone().try_acquire_owned(), strangers.clone().try_acquire_owned())
-        else {
-            tracing::warn!(%peer, "dropped an SSH connection: there are too many");
+        let (Ok(connection), Ok(stranger), Some(from)) = (
+            connections.clone().try_acquire_owned(),
+            strangers.clone().try_acquire_owned(),
+            sources.enter(peer.ip(), limits.strangers_from_one),
+        ) else {
+            tracing::debug!(%peer, "dropped an SSH connection: there are too many");
             continue;
         };
         let (config, directory) = (config.clone(), directory.clone());
+        let (stranger, slices) = (Stranger { _permit: stranger, _from: from }, slices.clone());
         tokio::spawn(async move {
             let _connection = connection;
-            attend(stream, peer, config, directory, limits, stranger).await;
+            attend(stream, peer, config, directory, slices, limits, stranger).await;
         });
     }
 }
@@ -138,21 +155,28 @@ fn config(host_key: HostKey) -> Config {
     }
 }
 
+/// A place among those who have not logged in.
+struct Stranger {
+    _permit: OwnedSemaphorePermit,
+    _from: Entry<IpAddr>,
+}
+
 /// One connection, until it ends.
 async fn attend(
     stream: TcpStream,
     peer: SocketAddr,
     config: Arc<Config>,
     directory: Arc<dyn Directory>,
+    slices: Turnstile<String>,
     limits: Limits,
-    stranger: OwnedSemaphorePermit,
+    stranger: Stranger,
 ) {
     if let Err(e) = keep_alive(&stream) {
         tracing::debug!(%peer, "cannot set the connection's options: {e}");
     }
     let gate = Gate::new();
     let logged_in = Arc::new(tokio::sync::Notify::new());
-    let visitor = Visitor::new(peer, directory, limits.sessions, gate.clone(), logged_in.clone());
+    let visitor = Visitor::new(peer, directory, slices, limits, gate.clone(), logged_in.clone());
     let session = async {
         let session = russh::server::run_stream(config, Gated::new(stream, gate.clone()), visitor).await?;
         let handle = session.handle();

@@ -87,11 +87,9 @@ async fn pull(plc: Arc<Client>, sender: watch::Sender<Option<Desired>>) {
 /// Makes the node what `desired` says, whenever either changes, and reports.
 async fn keep(plc: &Client, node: &NodeManager, mut desired: watch::Receiver<Option<Desired>>) -> Result<()> {
     let mut sent: Option<(Status, tokio::time::Instant)> = None;
-    // What could not be done, so that it is reported for as long as PLC wants it.
-    let mut failures: BTreeMap<SliceName, String> = BTreeMap::new();
     loop {
         let wanted = desired.borrow_and_update().clone();
-        let status = match round(node, wanted.as_ref(), &mut failures).await {
+        let status = match round(node, wanted.as_ref()).await {
             Ok(status) => status,
             Err(error) => {
                 warn!("{error:#}; trying again");
@@ -115,36 +113,29 @@ async fn keep(plc: &Client, node: &NodeManager, mut desired: watch::Receiver<Opt
             () = tokio::time::sleep(pause) => {}
             changed = desired.changed() => {
                 changed.context("the task that pulls desired state ended")?;
-                failures.clear();
             }
         }
     }
 }
 
 /// One look at the node, the calls that bring it nearer to what is wanted, and the report of how it is then.
-async fn round(
-    node: &NodeManager,
-    wanted: Option<&Desired>,
-    failures: &mut BTreeMap<SliceName, String>,
-) -> Result<Status> {
+async fn round(node: &NodeManager, wanted: Option<&Desired>) -> Result<Status> {
     let about = node.node().await?;
+    // What could not be done. It is tried again in each round, for as long as PLC wants it.
+    let mut failures: BTreeMap<SliceName, String> = BTreeMap::new();
     let mut there = node.slivers().await?;
     if let Some(wanted) = wanted {
         let actions = plan(&wanted.slivers, &there, &node.rcaps().await?, &about.caller);
         let acted = !actions.is_empty();
-        failures.retain(|slice, _| wanted.slivers.iter().any(|w| &w.slice == slice));
         for action in actions {
             let slice = action.slice().cloned();
             match (perform(node, action).await, slice) {
-                (Ok(()), Some(slice)) => {
-                    failures.remove(&slice);
-                }
                 (Err(error), Some(slice)) => {
                     warn!("{slice}: {error}");
                     failures.insert(slice, error.to_string());
                 }
                 (Err(error), None) => warn!("{error}"),
-                (Ok(()), None) => {}
+                (Ok(()), _) => {}
             }
         }
         if acted {
@@ -152,7 +143,7 @@ async fn round(
         }
     }
     let slices = wanted.map(|w| w.slivers.as_slice()).unwrap_or_default();
-    let slivers = slices.iter().map(|w| report(&w.slice, &there, failures)).collect();
+    let slivers = slices.iter().map(|w| report(&w.slice, &there, &failures)).collect();
     Ok(Status {
         revision: wanted.map_or(0, |w| w.revision),
         address: about.address,

@@ -60,8 +60,9 @@ pub fn plan(wanted: &[DesiredSliver], there: &[Sliver], rcaps: &[Acquired], me: 
             actions.push(Action::Create(Box::new(want.clone())));
             continue;
         };
-        if let Some(reason) = fixed_part_differs(want, have) {
-            actions.push(Action::Refuse(want.slice.clone(), reason));
+        if have.rspec.interval.start != want.rspec.interval.start {
+            // Another slice of the same name, made while this node was away: what the old one left is not for the new one's owners.
+            actions.extend([Action::Delete(want.slice.clone()), Action::Create(Box::new(want.clone()))]);
             continue;
         }
         let (rcap, end, share) = (have.rcap.clone(), want.rspec.interval.end, want.rspec.share);
@@ -70,7 +71,13 @@ pub fn plan(wanted: &[DesiredSliver], there: &[Sliver], rcaps: &[Acquired], me: 
         }
         if have.config.ssh_keys != want.config.ssh_keys || have.config.boot_script != want.config.boot_script
         {
-            actions.push(Action::Configure(want.slice.clone(), want.config.clone()));
+            // The base of what lives stays; whether another one is wanted is said below.
+            let config = SliverConfig { base: have.config.base.clone(), ..want.config.clone() };
+            actions.push(Action::Configure(want.slice.clone(), config));
+        }
+        // Last, so that it is what is reported; who may log in and until when has been brought up to date all the same.
+        if let Some(reason) = fixed_part_differs(want, have) {
+            actions.push(Action::Refuse(want.slice.clone(), reason));
         }
     }
     actions
@@ -205,6 +212,10 @@ mod tests {
                 if !refused.contains(&want.slice) {
                     prop_assert_eq!(have.map(|h| (&h.rspec, &h.config)), Some((&want.rspec, &want.config)));
                 }
+                // Also where the rest is refused: who may log in, what runs at the next start, until when, with which share.
+                let kept = have.map(|h| (h.rspec.share, h.rspec.interval, &h.config.ssh_keys, &h.config.boot_script));
+                let (interval, config) = (want.rspec.interval, &want.config);
+                prop_assert_eq!(kept, Some((want.rspec.share, interval, &config.ssh_keys, &config.boot_script)));
             }
             prop_assert_eq!(node.slivers.len(), after.len());
             prop_assert_eq!(node.rcaps.len(), after.len());
@@ -220,6 +231,20 @@ mod tests {
             DesiredSliver { slice: ME.parse().unwrap(), rspec: rspec(1, 9, 64), config: config("", "agent") };
         node.apply(Action::Create(Box::new(me)));
         assert_eq!(plan(&[], &node.slivers, &node.rcaps, ME), []);
+    }
+
+    #[test]
+    fn a_slice_made_again_gets_nothing_of_the_one_before() {
+        let mut want = DesiredSliver {
+            slice: "site_s0".parse().unwrap(),
+            rspec: rspec(1, 9, 64),
+            config: config("", "mini"),
+        };
+        let mut node = Model::default();
+        node.apply(Action::Create(Box::new(want.clone())));
+        want.rspec.interval.start = Timestamp::from_second(5).unwrap();
+        let actions = plan(std::slice::from_ref(&want), &node.slivers, &node.rcaps, ME);
+        assert_eq!(actions, [Action::Delete(want.slice.clone()), Action::Create(Box::new(want))]);
     }
 
     #[test]

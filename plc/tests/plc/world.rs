@@ -73,7 +73,7 @@ pub async fn serve(state: &Path) -> Server {
     let config = Config {
         state: state.to_owned(),
         listen: "127.0.0.1:0".parse().unwrap(),
-        names: vec!["10.0.2.2".into(), "plc.example.org".into()],
+        names: vec!["127.0.0.1".into(), "10.0.2.2".into(), "plc.example.org".into()],
         max_lifetime: SignedDuration::from_hours(56 * 24),
     };
     Server::start(config).await.unwrap()

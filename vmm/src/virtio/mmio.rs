@@ -28,6 +28,8 @@ use crate::reactor::{Poller, Readiness};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
+/// Errors of one device that are printed.
+const MOST_REPORTED: u8 = 16;
 const VENDOR: u32 = u32::from_le_bytes(*b"CMNG");
 
 /// Register offsets (virtio 1.2, table 4.1).
@@ -97,6 +99,8 @@ pub struct Transport {
     queue_sel: u32,
     /// The device has its [`Active`].
     running: bool,
+    /// Errors of the device that were printed.
+    reported: u8,
 }
 
 impl Transport {
@@ -123,6 +127,7 @@ impl Transport {
             driver_features_sel: 0,
             queue_sel: 0,
             running: false,
+            reported: 0,
         })
     }
 
@@ -322,7 +327,11 @@ impl Transport {
 
     fn check(&mut self, result: Result<(), DeviceError>) {
         if let Err(error) = result {
-            eprintln!("sliver-vmm: virtio device {}: {error}", self.device.device_type());
+            // The guest can cause as many as it likes, and the log is memory of the host.
+            if self.reported < MOST_REPORTED {
+                self.reported += 1;
+                eprintln!("sliver-vmm: virtio device {}: {error}", self.device.device_type());
+            }
             self.needs_reset();
         }
     }
