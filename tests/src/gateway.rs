@@ -1,4 +1,4 @@
-//! The network of a testbed: a QEMU without a guest whose hub joins its user-mode network stack and a socket for each node.
+//! The network of a testbed: a switch that joins the nodes and a QEMU without a guest, whose user-mode network stack is their way out.
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result};
 
 use crate::process::{Process, free_port};
 use crate::qmp::Qmp;
+use crate::switch::Switch;
 
 /// This machine's loopback interface as the nodes see it.
 pub const HOST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
@@ -16,6 +17,7 @@ pub const HOST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 pub struct Gateway {
     dir: PathBuf,
     process: Process,
+    _switch: Switch,
 }
 
 impl Gateway {
@@ -42,17 +44,14 @@ impl Gateway {
         pair("-qmp", format!("unix:{},server=on,wait=off", dir.join("gateway.qmp").display()));
         pair("-netdev", "user,id=up,net=10.0.2.0/24".into());
         pair("-netdev", "hubport,id=hup,hubid=0,netdev=up".into());
-        for n in 0..nodes {
-            let socket = Self::socket_in(dir, n);
-            pair(
-                "-netdev",
-                format!("stream,id=n{n},server=on,addr.type=unix,addr.path={}", socket.display()),
-            );
-            pair("-netdev", format!("hubport,id=h{n},hubid=0,netdev=n{n}"));
-        }
+        let uplink = dir.join("uplink.sock");
+        pair("-netdev", format!("stream,id=down,server=off,addr.type=unix,addr.path={}", uplink.display()));
+        pair("-netdev", "hubport,id=hdown,hubid=0,netdev=down".into());
+        let sockets = (0..nodes).map(|n| Self::socket_in(dir, n));
+        let switch = Switch::start(&sockets.chain([uplink]).collect::<Vec<_>>())?;
         let process =
             Process::start(Path::new("qemu-system-x86_64"), &args, &dir.join("gateway.log"), false)?;
-        let mut gateway = Self { dir: dir.to_owned(), process };
+        let mut gateway = Self { dir: dir.to_owned(), process, _switch: switch };
         gateway.wait_until_up()?;
         Ok(gateway)
     }

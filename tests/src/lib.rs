@@ -4,8 +4,8 @@
 //! testbed starts ends with it. [`testbed::Testbed`] puts one together; [`demo`] shows it to people; the tests in
 //! `tests/` break it.
 //!
-//! The network is one more QEMU without a guest: its user-mode stack gives DHCP, a name server, a gateway to this machine's
-//! loopback and port forwarding, and its hub joins the nodes, so no root and no network device of this machine is needed.
+//! The network is a switch and one more QEMU without a guest: its user-mode stack gives DHCP, a name server, a gateway to this machine's
+//! loopback and port forwarding, so no root and no network device of this machine is needed.
 #![forbid(unsafe_code)]
 
 pub mod cli;
@@ -19,4 +19,5 @@ pub mod process;
 pub mod progress;
 mod qmp;
 pub mod ssh;
+mod switch;
 pub mod testbed;
