@@ -59,6 +59,35 @@ fn show(demo: &Demo, steps: &mut Steps) -> Result<()> {
         steps.run("images", || Ok(commonage_images::build(&commonage_images::Context::from_env()?)?))?;
     let options = Options { nodes: demo.nodes, firmware: demo.firmware, ..Options::default() };
     let mut testbed = Testbed::start(&options, images, steps)?;
+    match check(demo, &mut testbed, steps) {
+        Ok(shown) if !demo.once => {
+            tell(&mut testbed, &shown, steps);
+            loop {
+                // Until Ctrl-C, whose signal ends this process and, by their death signal, everything it started.
+                std::thread::park();
+            }
+        }
+        Ok(_) => steps.run("tear down", || {
+            drop(testbed);
+            Ok(())
+        }),
+        Err(error) => {
+            let consoles: String =
+                testbed.nodes.iter().map(|n| format!("{}:\n{}", n.name, n.console.tail(20))).collect();
+            bail!("{error:#}\nthe last console lines of the nodes:\n{consoles}")
+        }
+    }
+}
+
+/// What a person can look at.
+struct Shown {
+    slices: Vec<Slice>,
+    slivers: Vec<(String, Sliver)>,
+    urls: Vec<String>,
+}
+
+/// Makes the slices and checks that they work.
+fn check(demo: &Demo, testbed: &mut Testbed, steps: &mut Steps) -> Result<Shown> {
     let names: Vec<String> = testbed.nodes.iter().map(|n| n.name.clone()).collect();
     let nodes: Vec<&str> = names.iter().map(String::as_str).collect();
     let mut slices = Vec::new();
@@ -78,22 +107,12 @@ fn show(demo: &Demo, steps: &mut Steps) -> Result<()> {
     let mut urls = Vec::new();
     steps.run("web servers answer from outside", || {
         for (name, sliver) in &slivers {
-            urls.push(serve(&mut testbed, name, sliver)?);
+            urls.push(serve(testbed, name, sliver)?);
         }
         Ok(())
     })?;
     steps.run("slivers reach each other", || check_neighbours(&slivers))?;
-    if demo.once {
-        return steps.run("tear down", || {
-            drop(testbed);
-            Ok(())
-        });
-    }
-    tell(&mut testbed, &slices, &slivers, &urls, steps);
-    loop {
-        // Until Ctrl-C, whose signal ends this process and, by their death signal, everything it started.
-        std::thread::park();
-    }
+    Ok(Shown { slices, slivers, urls })
 }
 
 /// `uname -a` runs inside the sliver, and exit statuses come back.
@@ -178,13 +197,8 @@ fn check_neighbours(slivers: &[(String, Sliver)]) -> Result<()> {
     Ok(())
 }
 
-fn tell(
-    testbed: &mut Testbed,
-    slices: &[Slice],
-    slivers: &[(String, Sliver)],
-    urls: &[String],
-    steps: &Steps,
-) {
+fn tell(testbed: &mut Testbed, shown: &Shown, steps: &Steps) {
+    let Shown { slices, slivers, urls } = shown;
     steps.say("\nThe testbed is up. Log in to a sliver:");
     for ((name, sliver), url) in slivers.iter().zip(urls) {
         steps.say(&format!("  {name} on {}: {}", sliver.info.hostname, sliver.ssh.shown()));
