@@ -331,14 +331,28 @@ pub const BOOT_PHASES: [(&str, &str); 4] = [
 /// # Errors
 /// The command's own.
 pub fn publish(admin: &Cli, images: &Images, offline: &str, release: &str, faults: bool) -> Result<()> {
-    let files: Vec<String> =
-        images.node_files.iter().map(|(name, path)| format!("{name}={}", path.display())).collect();
-    let files: Vec<&str> = files.iter().flat_map(|file| ["--file", file]).collect();
+    let files = files(images);
+    let files: Vec<&str> = files.iter().map(String::as_str).collect();
     let sign = ["release", "sign", "--offline-key", offline, "--name", "demo", "--out", release];
     let cmdline = format!("console=tty0 console=ttyS0 quiet panic=10 {FAULTS}");
     let cmdline = if faults { vec!["--cmdline", &cmdline] } else { Vec::new() };
     admin.run(&[&sign[..], &cmdline, &files].concat())?;
+    publish_signed(admin, images, release)
+}
+
+/// Publishes a release that was signed before.
+///
+/// # Errors
+/// The command's own.
+pub fn publish_signed(admin: &Cli, images: &Images, release: &str) -> Result<()> {
+    let files = files(images);
+    let files: Vec<&str> = files.iter().map(String::as_str).collect();
     admin.run(&[&["release", "publish", release][..], &files].concat()).map(drop)
+}
+
+/// The files of the node image as the command wants them named.
+fn files(images: &Images) -> Vec<String> {
+    images.node_files.iter().map(|(name, path)| format!("--file={name}={}", path.display())).collect()
 }
 
 fn text(path: &Path) -> String {

@@ -5,7 +5,7 @@ mod common;
 use commonage_testbed::node::Firmware;
 use commonage_testbed::plc::Plc;
 use commonage_testbed::progress::Steps;
-use commonage_testbed::testbed::{BOOT_PHASES, Options, START, Testbed, publish};
+use commonage_testbed::testbed::{BOOT_PHASES, Options, START, Testbed, publish, publish_signed};
 
 #[test]
 #[ignore = "needs QEMU and images: cargo xtask test"]
@@ -22,14 +22,7 @@ fn a_script_signed_by_another_key_is_refused_until_the_right_one_comes() {
     assert!(said.contains("not signed by the offline key"), "{said}");
     let mark = node.console.mark();
     let right = bed.path().join("release.json").display().to_string();
-    let files: Vec<String> = bed
-        .images
-        .node_files
-        .iter()
-        .map(|(name, path)| format!("--file={name}={}", path.display()))
-        .collect();
-    let files: Vec<&str> = files.iter().map(String::as_str).collect();
-    bed.admin.run(&[&["release", "publish", &right][..], &files].concat()).unwrap();
+    publish_signed(&bed.admin, &bed.images, &right).unwrap();
     let node = bed.nodes.first().unwrap();
     // boot-cd tries again by itself; the failure it may still have in hand is not the last word.
     node.wait_any(mark, &[BOOT_PHASES[1].1]).unwrap();
