@@ -248,6 +248,10 @@ impl VirtioDevice for Blk {
         Ok(())
     }
 
+    fn active(&mut self) -> Option<&mut Active> {
+        self.active.as_mut()
+    }
+
     fn reset(&mut self) {
         self.active = None;
     }

@@ -91,6 +91,26 @@ pub trait VirtioDevice: Send {
     /// that the driver left disabled is present but not `ready()`.
     fn activate(&mut self, active: Active) -> Result<(), DeviceError>;
 
+    /// What [`activate`](Self::activate) gave, until [`reset`](Self::reset): the transport saves the queues in it.
+    fn active(&mut self) -> Option<&mut Active>;
+
+    /// The machine is paused and about to be saved: finish every request that was begun, so that queues and memory tell all. Nothing is
+    /// called again before the machine is resumed.
+    fn quiesce(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// What must survive a snapshot besides the queues, taken after [`quiesce`](Self::quiesce). Most devices have nothing.
+    fn save(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Takes back what [`save`](Self::save) gave, on a device of a new machine that was just activated with the saved queues. `state` is checked
+    /// only by a checksum: it may be of a machine that lied.
+    fn restore(&mut self, _state: &[u8]) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// The driver reset the device: forget everything since `activate`, drop the [`Active`], remove polled descriptors.
     fn reset(&mut self);
 

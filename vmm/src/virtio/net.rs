@@ -172,6 +172,10 @@ impl VirtioDevice for Net {
         self.receive()
     }
 
+    fn active(&mut self) -> Option<&mut Active> {
+        self.active.as_mut()
+    }
+
     fn reset(&mut self) {
         if let Some(active) = self.active.take() {
             // Fails only if it was never added.

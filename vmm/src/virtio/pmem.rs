@@ -55,6 +55,10 @@ impl VirtioDevice for Pmem {
         Ok(())
     }
 
+    fn active(&mut self) -> Option<&mut Active> {
+        self.active.as_mut()
+    }
+
     fn reset(&mut self) {
         self.active = None;
     }

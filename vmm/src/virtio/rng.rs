@@ -45,6 +45,10 @@ impl VirtioDevice for Rng {
         Ok(())
     }
 
+    fn active(&mut self) -> Option<&mut Active> {
+        self.active.as_mut()
+    }
+
     fn reset(&mut self) {
         self.active = None;
     }
