@@ -3,9 +3,12 @@
 use super::*;
 use crate::reactor::Reactor;
 use commonage_net_demux_api::ring::{Endpoint, Ring};
+use commonage_vmm_api::RunState;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
+
+const STATUS: Response = Response::Status { pid: 1, uptime_ms: 2, state: RunState::Running };
 
 struct Rig {
     control: Control,
@@ -23,10 +26,18 @@ impl Rig {
         Self { control, reactor, path, _directory: directory }
     }
 
-    /// One round of the event loop.
-    fn turn(&mut self) -> bool {
+    /// One round of the event loop; the commands that came of it, status answered.
+    fn turn(&mut self) -> Vec<Command> {
         let events: Vec<_> = self.reactor.wait().unwrap().collect();
-        events.into_iter().any(|event| self.control.event(event.token))
+        events.into_iter().for_each(|event| self.control.event(event.token));
+        let mut commands = Vec::new();
+        while let Some((client, command)) = self.control.next() {
+            match command {
+                Command::Status => self.control.answer(client, &STATUS),
+                command => commands.push(command),
+            }
+        }
+        commands
     }
 
     fn client(&mut self) -> UnixStream {
@@ -47,17 +58,17 @@ fn status_stop_and_nonsense_are_answered() {
     let mut rig = Rig::new(None);
     let mut client = rig.client();
     client.write_all(b"{\"request\":\"status\"}\n").unwrap();
-    assert!(!rig.turn());
-    assert!(matches!(response(&client), Response::Status { pid, .. } if pid == std::process::id()));
+    assert!(rig.turn().is_empty());
+    assert_eq!(response(&client), STATUS);
     for request in [&b"{\"request\":\"ring\"}\n"[..], b"\xff\n", b"{\"request\":\"fly\"}\n"] {
         client.write_all(request).unwrap();
-        assert!(!rig.turn());
+        assert!(rig.turn().is_empty());
         assert!(matches!(response(&client), Response::Error { .. }));
     }
     client.write_all(b"{\"request\":\"st").unwrap();
-    assert!(!rig.turn());
+    assert!(rig.turn().is_empty());
     client.write_all(b"op\"}\n").unwrap();
-    assert!(rig.turn());
+    assert!(matches!(rig.turn()[..], [Command::Stop { grace: Duration::ZERO }]));
     assert_eq!(response(&client), Response::Stopping);
 }
 
@@ -100,8 +111,9 @@ fn those_who_wait_are_told_of_the_end_and_those_who_left_are_forgotten() {
     drop(gone);
     rig.turn();
     assert_eq!(rig.control.clients.len(), 1);
-    rig.control.finish(&ExitReason::TripleFault);
-    assert_eq!(response(&waiting), Response::Exited { reason: ExitReason::TripleFault });
+    rig.control.finish(&ExitReason::TripleFault, "last words");
+    let console = "last words".to_owned();
+    assert_eq!(response(&waiting), Response::Exited { reason: ExitReason::TripleFault, console });
 }
 
 #[test]

@@ -12,16 +12,17 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use commonage_net_demux_api::ring::{Ring, RingFds};
-use commonage_vmm_api::{ExitReason, MachineConfig, NetConfig};
+use commonage_vmm_api::{ExitReason, MachineConfig, NetConfig, Response, RunState, Start};
 use kvm_ioctls::VcpuFd;
 use rustix::fs::FlockOperation;
 use vm_superio::Serial;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::{self, BootError, Image};
-use crate::control::Control;
+use crate::control::{Command, Control};
 use crate::devices::bus::{Bus, Line};
 use crate::devices::console::Console;
 use crate::event;
@@ -104,6 +105,7 @@ pub struct Machine {
     control: Option<Control>,
     exit: Arc<Exit>,
     uid: Option<u32>,
+    started: Instant,
     _vm: Vm,
 }
 
@@ -149,9 +151,11 @@ impl Machine {
     /// Opens and builds everything; the guest does not run yet.
     pub fn new(config: &MachineConfig) -> Result<Self, MachineError> {
         check(config)?;
-        let mut kernel =
-            Image::open(&config.kernel).map_err(file_error("open the kernel", &config.kernel))?;
-        let mut initrd = match &config.initrd {
+        let Start::Boot { kernel, initrd, cmdline } = &config.start else {
+            return Err(MachineError::Config("this sliver-vmm cannot restore".into()));
+        };
+        let mut kernel = Image::open(kernel).map_err(file_error("open the kernel", kernel))?;
+        let mut initrd = match initrd {
             Some(path) => Some(Image::open(path).map_err(file_error("open the initrd", path))?),
             None => None,
         };
@@ -173,7 +177,7 @@ impl Machine {
         vm.connect_interrupt(&line, layout::COM1_IRQ)?;
         let bus = Bus::new(Serial::new(Line(line), console), transports.pages);
 
-        let command_line = [COMMAND_LINE, &transports.parameters, &config.cmdline].map(str::trim).join(" ");
+        let command_line = [COMMAND_LINE, &transports.parameters, cmdline].map(str::trim).join(" ");
         let entry = boot::load(
             vm.memory(),
             config.memory_mib,
@@ -196,7 +200,16 @@ impl Machine {
             .poller(EXIT)
             .add(event::borrow(&exit.event), 0, Readiness::READ)
             .map_err(host_error("watch the exit event"))?;
-        Ok(Self { vcpus, bus, reactor, control, exit, uid: config.uid, _vm: vm })
+        Ok(Self {
+            vcpus,
+            bus,
+            reactor,
+            control,
+            exit,
+            uid: config.jail.as_ref().map(|jail| jail.uid),
+            started: Instant::now(),
+            _vm: vm,
+        })
     }
 
     /// Gives up privileges and runs the guest until the machine ends. The caller must then exit the process: processors that were
@@ -213,7 +226,7 @@ impl Machine {
         let reason = self.event_loop();
         self.bus.commit_console();
         if let Some(control) = &mut self.control {
-            control.finish(&reason);
+            control.finish(&reason, "");
         }
         // The processes' other threads still use guest memory: it must not be unmapped now.
         std::mem::forget(self);
@@ -226,6 +239,7 @@ impl Machine {
                 Ok(events) => events,
                 Err(error) => return ExitReason::Failed { message: format!("event loop: {error}") },
             };
+            let mut end = None;
             for event in events {
                 match event.source {
                     EXIT => {
@@ -235,8 +249,9 @@ impl Machine {
                     }
                     CONSOLE => self.bus.commit_console(),
                     CONTROL => {
-                        if self.control.as_mut().is_some_and(|control| control.event(event.token)) {
-                            return ExitReason::Stopped;
+                        if let Some(control) = &mut self.control {
+                            control.event(event.token);
+                            end = execute(control, self.started);
                         }
                     }
                     device => {
@@ -245,9 +260,29 @@ impl Machine {
                         }
                     }
                 }
+                if let Some(reason) = end {
+                    return reason;
+                }
             }
         }
     }
+}
+
+/// Carries out what clients ask of the machine; tells if it ends.
+fn execute(control: &mut Control, started: Instant) -> Option<ExitReason> {
+    while let Some((client, command)) = control.next() {
+        let response = match command {
+            Command::Status => Response::Status {
+                pid: std::process::id(),
+                uptime_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+                state: RunState::Running,
+            },
+            Command::Stop { grace: _ } => return Some(ExitReason::Stopped),
+            _ => Response::Error { message: "this machine cannot do that yet".into() },
+        };
+        control.answer(client, &response);
+    }
+    None
 }
 
 fn new_event() -> Result<EventFd, MachineError> {
@@ -276,7 +311,8 @@ fn devices(config: &MachineConfig, vm: &mut Vm) -> Result<(Devices, Option<RingF
         devices.push(Box::new(Pmem::new(start, mapping.len() as u64)));
         vm.add_read_only(start, mapping)?;
     }
-    if let Some(path) = &config.disk {
+    if let Some(disk) = &config.disk {
+        let path = &disk.path;
         let file = open_disk(path).map_err(file_error("open the disk", path))?;
         devices.push(Box::new(Blk::new(file).map_err(file_error("measure the disk", path))?));
     }

@@ -1,5 +1,6 @@
 //! `sliver-vmm`: one process, one sliver's virtual machine. Reads a configuration (a file, or flags for a person who tries one machine by
-//! hand), runs the machine, and exits with what became of it: 0 reset or stopped, 1 host failure, 3 triple fault, 2 wrong usage.
+//! hand), runs the machine, and exits with what became of it: 0 reboot, halt or stopped, 1 host failure, 3 triple fault, 4
+//! panic, 2 wrong usage.
 #![forbid(unsafe_code)]
 
 use std::path::PathBuf;
@@ -7,12 +8,12 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use commonage_vmm::machine::{Machine, MachineError};
-use commonage_vmm_api::{ExitReason, MachineConfig, NetConfig, VsockConfig};
+use commonage_vmm_api::{DiskConfig, ExitReason, JailConfig, MachineConfig, NetConfig, Start, VsockConfig};
 
 /// Runs one virtual machine until it ends.
 ///
-/// Exit status: 0 if the guest reset the machine (reboot) or a client of the control socket stopped it, 1 if the host failed, 3 if the guest
-/// crashed its processor (triple fault).
+/// Exit status: 0 if the guest rebooted or halted or a client of the control socket stopped it, 1 if the host failed, 3 if the guest crashed
+/// its processor (triple fault), 4 if its kernel panicked.
 #[derive(Parser)]
 #[command(
     version,
@@ -53,6 +54,9 @@ struct Arguments {
     /// The guest's vsock context id
     #[arg(long, value_name = "CID", default_value_t = 3, requires = "vsock")]
     cid: u32,
+    /// Gives the guest a balloon
+    #[arg(long)]
+    balloon: bool,
     /// Where the guest's serial port is written [default: standard output]
     #[arg(long, value_name = "FILE")]
     console: Option<PathBuf>,
@@ -77,18 +81,17 @@ impl Arguments {
             return Err(MachineError::Config("give --kernel or --config".into()));
         };
         Ok(MachineConfig {
-            kernel,
-            initrd: self.initrd,
-            cmdline: self.cmdline,
+            start: Start::Boot { kernel, initrd: self.initrd, cmdline: self.cmdline },
             memory_mib: self.memory,
             vcpus: self.vcpus,
             base: self.base,
-            disk: self.disk,
+            disk: self.disk.map(|path| DiskConfig { path, rate: None }),
             net: self.mac.map(|mac| NetConfig { mac }),
             vsock: self.vsock.map(|path| VsockConfig { cid: self.cid, path }),
+            balloon: self.balloon,
             console: self.console,
             control: self.control,
-            uid: self.uid,
+            jail: self.uid.map(|uid| JailConfig { uid }),
         })
     }
 }
@@ -111,7 +114,8 @@ fn main() -> ExitCode {
     match &reason {
         ExitReason::Failed { message } => eprintln!("sliver-vmm: {message}"),
         ExitReason::TripleFault => eprintln!("sliver-vmm: the guest crashed its processor (triple fault)"),
-        ExitReason::Reset | ExitReason::Stopped => {}
+        ExitReason::Panic => eprintln!("sliver-vmm: the guest's kernel panicked"),
+        ExitReason::Reboot | ExitReason::Halt | ExitReason::Stopped => {}
     }
     // Ends the process at once, with the threads of processors that still run.
     std::process::exit(reason.code())

@@ -17,7 +17,7 @@ pub fn run(mut vcpu: VcpuFd, id: u8, bus: &Bus) -> ExitReason {
             Ok(VcpuExit::IoIn(port, data)) => bus.read_port(port, data),
             Ok(VcpuExit::IoOut(port, data)) => {
                 if let Err(ResetRequested) = bus.write_port(port, data) {
-                    return ExitReason::Reset;
+                    return ExitReason::Reboot;
                 }
             }
             Ok(VcpuExit::MmioRead(address, data)) => bus.read_memory(address, data),

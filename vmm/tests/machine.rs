@@ -15,7 +15,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use commonage_net_demux_api::ring::{Endpoint, MAX_FRAME, RingFds};
-use commonage_vmm_api::{ExitReason, MachineConfig, NetConfig, Request, Response, VsockConfig};
+use commonage_vmm_api::{
+    DiskConfig, ExitReason, JailConfig, MachineConfig, NetConfig, Request, Response, Start, VsockConfig,
+};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use tempfile::TempDir;
@@ -36,20 +38,32 @@ impl Machine {
         let path = |name: &str| directory.path().join(name);
         std::fs::write(path("initrd"), initrd(script, &[])).unwrap();
         let config = MachineConfig {
-            kernel: std::env::var_os("SLIVER_KERNEL").expect("SLIVER_KERNEL names a sliver kernel").into(),
-            initrd: Some(path("initrd")),
-            cmdline: String::new(),
+            start: Start::Boot {
+                kernel: std::env::var_os("SLIVER_KERNEL")
+                    .expect("SLIVER_KERNEL names a sliver kernel")
+                    .into(),
+                initrd: Some(path("initrd")),
+                cmdline: String::new(),
+            },
             memory_mib: 64,
             vcpus: 1,
             base: None,
             disk: None,
             net: None,
             vsock: None,
+            balloon: false,
             console: Some(path("console.log")),
             control: Some(path("control.sock")),
-            uid: None,
+            jail: None,
         };
         Self { directory, config }
+    }
+
+    /// Adds to its kernel's command line.
+    fn append(&mut self, words: &str) {
+        if let Start::Boot { cmdline, .. } = &mut self.config.start {
+            cmdline.push_str(words);
+        }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -134,6 +148,10 @@ fn region(file: &mut std::fs::File, at: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
+fn disk(path: PathBuf) -> DiskConfig {
+    DiskConfig { path, rate: None }
+}
+
 fn file(path: &Path, bytes: &[u8]) -> PathBuf {
     std::fs::write(path, bytes).unwrap();
     path.to_owned()
@@ -149,7 +167,7 @@ fn a_guest_reads_its_base_writes_its_disk_and_draws_entropy() {
     );
     let base: Vec<u8> = (0..5000u32).map(|at| (at * 7 % 251) as u8).collect();
     machine.config.base = Some(file(&machine.path("base"), &base));
-    machine.config.disk = Some(file(&machine.path("disk"), &[0; 1 << 20]));
+    machine.config.disk = Some(disk(file(&machine.path("disk"), &[0; 1 << 20])));
     let status = machine.run();
     assert_eq!(status.code(), Some(0), "{}", machine.console());
     assert!(machine.console().contains("DONE"), "{}", machine.console());
@@ -166,7 +184,7 @@ fn a_crash_is_told_from_a_reset() {
     let mut machine = Machine::new("");
     assert_eq!(machine.run().code(), Some(0));
     // Makes the kernel reboot by triple fault, which is what a crashed processor looks like.
-    machine.config.cmdline = "reboot=t".into();
+    machine.append("reboot=t");
     assert_eq!(machine.run().code(), Some(3));
     // A dead init is a panic, and `panic=-1` a reset.
     let machine = Machine::new("exit 1");
@@ -179,7 +197,7 @@ fn a_crash_is_told_from_a_reset() {
 fn control_tells_status_and_end_and_privileges_are_gone() {
     let mut machine = Machine::new("while :; do sleep 1000; done");
     let root = rustix::process::geteuid().is_root();
-    machine.config.uid = root.then_some(UID);
+    machine.config.jail = root.then_some(JailConfig { uid: UID });
     let mut child = machine.start();
     let waiting = machine.connect(&mut child);
     ask(&waiting, &Request::Wait);
@@ -203,9 +221,9 @@ fn control_tells_status_and_end_and_privileges_are_gone() {
         }
     }
 
-    ask(&client, &Request::Stop);
+    ask(&client, &Request::Stop { grace_ms: 0 });
     assert_eq!(answer(&client), Response::Stopping);
-    assert_eq!(answer(&waiting), Response::Exited { reason: ExitReason::Stopped });
+    assert!(matches!(answer(&waiting), Response::Exited { reason: ExitReason::Stopped, .. }));
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
@@ -213,16 +231,16 @@ fn control_tells_status_and_end_and_privileges_are_gone() {
 #[ignore = "needs KVM, SLIVER_KERNEL and /bin/busybox"]
 fn a_disk_belongs_to_one_machine_at_a_time() {
     let mut first = Machine::new("while :; do sleep 1000; done");
-    let disk = file(&first.path("disk"), &[0; 4096]);
-    first.config.disk = Some(disk.clone());
+    let image = file(&first.path("disk"), &[0; 4096]);
+    first.config.disk = Some(disk(image.clone()));
     let mut child = first.start();
     let client = first.connect(&mut child);
     let mut second = Machine::new("");
-    second.config.disk = Some(disk);
+    second.config.disk = Some(disk(image));
     let output = second.start().wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("another machine uses it"));
-    ask(&client, &Request::Stop);
+    ask(&client, &Request::Stop { grace_ms: 0 });
     child.wait().unwrap();
 }
 
@@ -301,7 +319,7 @@ fn streams_go_both_ways_over_vsock() {
     let path = machine.path("vsock.sock");
     machine.config.vsock = Some(VsockConfig { cid: 3, path: path.clone() });
     if rustix::process::geteuid().is_root() {
-        machine.config.uid = Some(UID);
+        machine.config.jail = Some(JailConfig { uid: UID });
         std::os::unix::fs::chown(machine.directory.path(), Some(UID), Some(UID)).unwrap();
     }
     let listener = UnixListener::bind(machine.path("vsock.sock_806")).unwrap();

@@ -19,6 +19,7 @@ enum Call {
 struct Probe {
     calls: Arc<Mutex<Vec<Call>>>,
     fails: bool,
+    active: Option<Active>,
 }
 
 impl VirtioDevice for Probe {
@@ -34,11 +35,16 @@ impl VirtioDevice for Probe {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_from(b"configuration", offset, data);
     }
-    fn activate(&mut self, _: Active) -> Result<(), DeviceError> {
+    fn activate(&mut self, active: Active) -> Result<(), DeviceError> {
+        self.active = Some(active);
         self.calls.lock().unwrap().push(Call::Activate);
         Ok(())
     }
+    fn active(&mut self) -> Option<&mut Active> {
+        self.active.as_mut()
+    }
     fn reset(&mut self) {
+        self.active = None;
         self.calls.lock().unwrap().push(Call::Reset);
     }
     fn queue_event(&mut self, queue: usize) -> Result<(), DeviceError> {
@@ -61,7 +67,7 @@ impl Rig {
         let calls = Arc::default();
         let memory = Memory::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
         let reactor = Reactor::new().unwrap();
-        let device = Box::new(Probe { calls: Arc::clone(&calls), fails });
+        let device = Box::new(Probe { calls: Arc::clone(&calls), fails, active: None });
         let transport = Transport::new(device, memory, reactor.poller(0)).unwrap();
         Self { transport, calls, reactor }
     }

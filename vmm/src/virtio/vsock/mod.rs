@@ -200,6 +200,10 @@ impl VirtioDevice for Vsock {
         Ok(())
     }
 
+    fn active(&mut self) -> Option<&mut Active> {
+        self.active.as_mut()
+    }
+
     fn reset(&mut self) {
         if let Some(active) = self.active.take() {
             // It fails only if it was never added.
