@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::console::Console;
 use crate::layout;
+use crate::virtio::VirtioDevice;
 use crate::virtio::mmio::Transport;
 
 /// Keyboard controller command: pulse the reset line.
@@ -111,6 +112,17 @@ impl Bus {
     /// The `index`th virtio device.
     pub fn virtio(&self, index: usize) -> Option<MutexGuard<'_, Transport>> {
         self.transports.get(index).map(lock)
+    }
+
+    /// What `ask` says of the first virtio device that is a `T`; `None` if there is none.
+    pub fn with_device<T: VirtioDevice, R>(&self, ask: impl FnOnce(&mut T) -> R) -> Option<R> {
+        self.transports
+            .iter()
+            .find_map(|transport| {
+                let mut transport = lock(transport);
+                transport.device::<T>().is_some().then_some(transport)
+            })
+            .and_then(|mut transport| transport.device().map(ask))
     }
 
     /// Writes what the console gathered.

@@ -14,6 +14,7 @@
 //!   descriptors only while it runs. An error of the device stops it: it is reset at once, DEVICE_NEEDS_RESET is set.
 #![forbid(unsafe_code)]
 
+use std::any::Any;
 use std::io;
 use std::sync::Arc;
 
@@ -139,6 +140,12 @@ impl Transport {
     /// One eventfd a queue, to be registered as ioeventfds on QueueNotify with the queue's index as data match.
     pub fn kicks(&self) -> &[Arc<EventFd>] {
         &self.kicks
+    }
+
+    /// The device, if it is a `T`.
+    pub fn device<T: VirtioDevice>(&mut self) -> Option<&mut T> {
+        let device: &mut dyn Any = self.device.as_mut();
+        device.downcast_mut()
     }
 
     fn offered_features(&self) -> u64 {

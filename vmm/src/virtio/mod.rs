@@ -33,6 +33,7 @@ pub mod segments;
 pub mod testing;
 pub mod vsock;
 
+use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -68,8 +69,9 @@ pub enum DeviceError {
     },
 }
 
-/// One virtio device behind [`mmio::Transport`]. See the module's documentation for who calls what.
-pub trait VirtioDevice: Send {
+/// One virtio device behind [`mmio::Transport`]. See the module's documentation for who calls what. What the control socket asks of one kind of
+/// device alone goes by [`mmio::Transport::device`].
+pub trait VirtioDevice: Any + Send {
     /// Virtio device id (virtio 1.2, section 5), for example 2 for a block device.
     fn device_type(&self) -> u32;
 
