@@ -30,10 +30,13 @@ pub fn start(script: &str, children: &Children, done: impl FnOnce(i32) + Send + 
     }
     match spawn(Path::new("/"), script, children) {
         Ok((child, output)) => {
-            std::thread::spawn(move || {
-                keep(output, open_log(), OpenOptions::new().write(true).open("/dev/console").ok())
-            });
-            std::thread::spawn(move || done(child.exit.wait()));
+            let keep_all =
+                move || keep(output, open_log(), OpenOptions::new().write(true).open("/dev/console").ok());
+            let threads = crate::thread("boot-output", keep_all)
+                .and_then(|()| crate::thread("boot-end", move || done(child.exit.wait())));
+            if let Err(e) = threads {
+                log(format_args!("cannot attend to the boot script, whose end will not be told: {e}"));
+            }
         }
         Err(e) => {
             log(format_args!("cannot run the boot script: {e}"));

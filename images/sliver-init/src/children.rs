@@ -8,9 +8,10 @@
 //!
 //! Outside of a machine of its own (in tests) only registered children are waited for, each by a thread.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
+use std::num::NonZeroI32;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::process::Command;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -31,8 +32,8 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Children that have not been reaped, and where their status goes.
-    running: HashMap<Pid, File>,
+    /// Children that have not been reaped, by process id, and where their status goes.
+    running: BTreeMap<NonZeroI32, File>,
     /// The reaper found that there is no child at all.
     childless: bool,
     /// Nothing may be started any more.
@@ -83,7 +84,7 @@ impl Children {
     pub fn adopting() -> io::Result<Self> {
         let children = Self::new(true);
         let reaper = children.clone();
-        std::thread::Builder::new().name("reaper".into()).spawn(move || reaper.reap_all())?;
+        crate::thread("reaper", move || reaper.reap_all())?;
         Ok(children)
     }
 
@@ -108,14 +109,14 @@ impl Children {
         }
         let child = command.spawn()?;
         let pid = Pid::from_child(&child);
-        state.running.insert(pid, write.into());
+        state.running.insert(pid.as_raw_nonzero(), write.into());
         state.childless = false;
         drop(state);
         if self.0.adopts {
             self.0.changed.notify_all();
         } else {
             let waiter = self.clone();
-            std::thread::Builder::new().name("waiter".into()).spawn(move || {
+            crate::thread("waiter", move || {
                 let _ =
                     rustix::process::waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
                 waiter.reap(|| rustix::process::waitpid(Some(pid), WaitOptions::NOHANG));
@@ -126,7 +127,7 @@ impl Children {
 
     /// Sends a signal to the process group that `leader`, one of ours, leads; nothing if it has ended.
     pub fn signal_group(&self, leader: Pid, signal: Signal) {
-        if self.lock().running.contains_key(&leader) {
+        if self.lock().running.contains_key(&leader.as_raw_nonzero()) {
             // The only error left is that every process of the group ended meanwhile.
             let _ = rustix::process::kill_process_group(leader, signal);
         }
@@ -176,7 +177,7 @@ impl Children {
     fn reap(&self, wait: impl Fn() -> rustix::io::Result<Option<(Pid, WaitStatus)>>) {
         let mut state = self.lock();
         while let Ok(Some((pid, status))) = wait() {
-            if let Some(mut to) = state.running.remove(&pid) {
+            if let Some(mut to) = state.running.remove(&pid.as_raw_nonzero()) {
                 // Nobody may be left who wants to know.
                 let _ = to.write_all(&exit_status(status).to_ne_bytes());
             }

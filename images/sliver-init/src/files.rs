@@ -1,4 +1,4 @@
-//! Laying files: whole or not at all, with their mode, whatever was there before.
+//! Laying files: whole or not at all, with their mode, whatever was there before. One that is as it should be is left alone.
 //!
 //! Paths are absolute and have no `..`; parents are made (0755). Symbolic links among the parents are followed: this is
 //! the tenant's own root, and a base may have `/var/run` as one. The last component is replaced, never followed.
@@ -18,6 +18,9 @@ use crate::error::{Error, Result};
 /// The path is not one that is laid, or the file cannot be written.
 pub fn lay(root: &Path, path: &str, mode: u32, contents: &[u8]) -> Result<()> {
     let target = root.join(relative(path)?);
+    if is_laid(&target, mode, contents) {
+        return Ok(());
+    }
     let what = || format!("write {path}");
     let parent = target.parent().unwrap_or(root);
     fs::create_dir_all(parent).what(what)?;
@@ -36,6 +39,15 @@ pub fn lay(root: &Path, path: &str, mode: u32, contents: &[u8]) -> Result<()> {
         fs::rename(&new, &target)
     };
     Ok(write().what(what)?)
+}
+
+/// Whether there is exactly such a file.
+fn is_laid(target: &Path, mode: u32, contents: &[u8]) -> bool {
+    let alike = |there: fs::Metadata| {
+        let size = u64::try_from(contents.len()).ok();
+        there.is_file() && Some(there.len()) == size && there.permissions().mode() & 0o7777 == mode & 0o7777
+    };
+    fs::symlink_metadata(target).is_ok_and(alike) && fs::read(target).is_ok_and(|there| there == contents)
 }
 
 /// The path without its root.
@@ -80,6 +92,22 @@ mod tests {
         lay(dir.path(), "/link", 0o600, b"three").unwrap();
         assert!(fs::symlink_metadata(dir.path().join("link")).unwrap().is_file());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "nothing else is left");
+    }
+
+    #[test]
+    fn what_is_laid_already_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let inode = || std::os::unix::fs::MetadataExt::ino(&fs::metadata(dir.path().join("a")).unwrap());
+        lay(dir.path(), "/a", 0o644, b"one").unwrap();
+        let first = inode();
+        lay(dir.path(), "/a", 0o644, b"one").unwrap();
+        assert_eq!(inode(), first);
+        // Kept open, so that its number is not used again.
+        let _kept = fs::File::open(dir.path().join("a")).unwrap();
+        lay(dir.path(), "/a", 0o600, b"one").unwrap();
+        assert_ne!(inode(), first);
+        lay(dir.path(), "/a", 0o600, b"two").unwrap();
+        assert_eq!(fs::read(dir.path().join("a")).unwrap(), b"two");
     }
 
     #[test]

@@ -5,80 +5,107 @@
 //! the kernel asks first, is asked by port instead.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::net::Ipv4Addr;
+use std::os::unix::fs::FileExt as _;
 
-use commonage_init::error::{Result, write};
+use commonage_init::error::{Context as _, Result, write};
 use commonage_init::netlink::{Netlink, Route, Rule, TABLE_LOCAL, TABLE_MAIN};
 use commonage_nodemgr_api::guest::GATEWAY;
 use commonage_nodemgr_api::http::PortGrant;
 
 /// The sliver's interface.
 const INTERFACE: &str = "eth0";
+/// The ports that the kernel itself chooses from.
+const PORT_RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 /// Routes for our own address with a port that is not ours.
 const TABLE_OTHERS: u32 = 100;
 /// Everywhere.
 const ANYWHERE: (Ipv4Addr, u8) = (Ipv4Addr::UNSPECIFIED, 0);
+
+/// Asks the local table, when no rule about a port has matched.
+const LOCAL_LAST: Rule =
+    Rule { priority: 30, destination: None, iif: None, ip_protocol: None, dport: None, table: TABLE_LOCAL };
 
 /// IP protocol numbers.
 const ICMP: u8 = 1;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
-/// Brings the loopback interface up.
-///
-/// # Errors
-/// The kernel refuses.
-pub fn bring_up_loopback() -> Result<()> {
-    let mut netlink = Netlink::open()?;
-    let lo = netlink.link_index("lo")?;
-    netlink.set_up(lo)
+/// Everything that no identity is needed for, done: the interfaces are up, though without an address, so that nothing is sent.
+pub struct Network {
+    netlink: Netlink,
+    index: u32,
+    port_range: File,
 }
 
-/// Configures the interface, the routes and the rules. May be repeated.
-///
-/// # Errors
-/// There is no interface, or the kernel refuses.
-pub fn configure(address: Ipv4Addr, ports: &PortGrant) -> Result<()> {
-    for (name, value) in sysctls(ports) {
-        write(format!("/proc/sys/net/{name}"), value)?;
-    }
-    let mut netlink = Netlink::open()?;
-    let index = netlink.link_index(INTERFACE)?;
-    netlink.set_up(index)?;
-    netlink.add_address(index, address, 32)?;
-    let (gateway, mac) = GATEWAY;
-    netlink.add_neighbour(index, gateway, mac)?;
-    let to_gateway = Route {
-        table: TABLE_MAIN,
-        destination: (gateway, 32),
-        gateway: None,
-        index,
-        onlink: false,
-        scope_link: true,
-    };
-    netlink.add_route(&to_gateway)?;
-    for table in [TABLE_MAIN, TABLE_OTHERS] {
-        let default = Route {
-            table,
-            destination: ANYWHERE,
-            gateway: Some(gateway),
+impl Network {
+    /// Brings the interfaces up and lays the routes that all slivers have.
+    ///
+    /// # Errors
+    /// There is no interface, or the kernel refuses.
+    pub fn prepare() -> Result<Self> {
+        // First of all, or the kernel would look for its IPv6 neighbours as soon as the interface is up.
+        for (name, value) in sysctls() {
+            write(format!("/proc/sys/net/{name}"), value)?;
+        }
+        let port_range =
+            File::options().write(true).open(PORT_RANGE).what(|| format!("open {PORT_RANGE} for writing"))?;
+        let mut netlink = Netlink::open()?;
+        let lo = netlink.link_index("lo")?;
+        netlink.set_up(lo)?;
+        let index = netlink.link_index(INTERFACE)?;
+        netlink.set_up(index)?;
+        let (gateway, _) = GATEWAY;
+        let to_gateway = Route {
+            table: TABLE_MAIN,
+            destination: (gateway, 32),
+            gateway: None,
             index,
-            onlink: true,
-            scope_link: false,
+            onlink: false,
+            scope_link: true,
         };
-        netlink.add_route(&default)?;
+        netlink.add_route(&to_gateway)?;
+        for table in [TABLE_MAIN, TABLE_OTHERS] {
+            let default = Route {
+                table,
+                destination: ANYWHERE,
+                gateway: Some(gateway),
+                index,
+                onlink: true,
+                scope_link: false,
+            };
+            netlink.add_route(&default)?;
+        }
+        netlink.add_rule(&LOCAL_LAST)?;
+        // Only now, when the local table is asked by another rule.
+        netlink.delete_rule(0)?;
+        Ok(Self { netlink, index, port_range })
     }
-    for rule in rules(address, ports) {
-        netlink.add_rule(&rule)?;
+
+    /// Gives the interface its addresses, and the rules to the ports. May be repeated.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn configure(&mut self, mac: [u8; 6], address: Ipv4Addr, ports: &PortGrant) -> Result<()> {
+        let range = format!("{} {}", ports.first, ports.last);
+        self.port_range
+            .write_all_at(range.as_bytes(), 0)
+            .what(|| format!("write {range} to {PORT_RANGE}"))?;
+        // Before the neighbour: the kernel forgets all of them when the interface's own address changes.
+        self.netlink.set_mac(self.index, mac)?;
+        let (gateway, gateway_mac) = GATEWAY;
+        self.netlink.add_neighbour(self.index, gateway, gateway_mac)?;
+        for rule in rules(address, ports) {
+            self.netlink.add_rule(&rule)?;
+        }
+        self.netlink.add_address(self.index, address, 32)
     }
-    // Only now, when the local table is asked by another rule.
-    netlink.delete_rule(0)
 }
 
-fn sysctls(ports: &PortGrant) -> Vec<(String, String)> {
-    let mut all = vec![("ipv4/ip_local_port_range".to_owned(), format!("{} {}", ports.first, ports.last))];
+fn sysctls() -> Vec<(String, String)> {
     // The node shares an IPv4 address only; what IPv6 would say on the link by itself is dropped.
-    all.push((format!("ipv6/conf/{INTERFACE}/disable_ipv6"), "1".to_owned()));
+    let mut all = vec![(format!("ipv6/conf/{INTERFACE}/disable_ipv6"), "1".to_owned())];
     for interface in ["all", INTERFACE] {
         // What another sliver sends comes from our own address, by an interface.
         all.push((format!("ipv4/conf/{interface}/accept_local"), "1".to_owned()));
@@ -109,7 +136,6 @@ fn rules(address: Ipv4Addr, ports: &PortGrant) -> Vec<Rule> {
         table: TABLE_OTHERS,
         ..Rule::default()
     });
-    rules.push(Rule { priority: 30, table: TABLE_LOCAL, ..Rule::default() });
     rules
 }
 
@@ -147,7 +173,6 @@ mod tests {
             (10, true, None, Some(UDP), Some((20000, 20063)), TABLE_LOCAL),
             (12, true, None, Some(ICMP), None, TABLE_LOCAL),
             (20, true, Some("lo".to_owned()), None, None, TABLE_OTHERS),
-            (30, false, None, None, None, TABLE_LOCAL),
         ];
         assert_eq!(told, wanted);
     }

@@ -1,5 +1,6 @@
-//! What needs `unsafe`: code between fork and exec, and crediting entropy.
+//! What needs `unsafe`: code between fork and exec, crediting entropy, and how the allocator behaves.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::process::CommandExt as _;
@@ -36,13 +37,21 @@ struct RandPoolInfo {
     buf: [u8; ENTROPY_CHUNK],
 }
 
+/// All threads share one heap. The allocator would otherwise give each its own, which is memory of a sliver's that it does not share with others.
+/// Call it before any thread is started.
+pub fn share_one_heap() {
+    // SAFETY: sets a number inside the allocator, which is called by this thread alone: there is no other yet.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
 /// Mixes `bytes` into the kernel's random pool, credits them in full, and makes the generator start again from the pool: whatever
 /// it gave out before (to a machine of which this one may be a copy) says nothing about what it gives from now on.
 ///
+/// `random` is `/dev/urandom`.
+///
 /// # Errors
-/// `/dev/urandom` is absent, or the caller is not root.
-pub fn credit_entropy(bytes: &[u8]) -> io::Result<()> {
-    let random = std::fs::OpenOptions::new().write(true).open("/dev/urandom")?;
+/// It is another file, or the caller is not root.
+pub fn credit_entropy(random: &File, bytes: &[u8]) -> io::Result<()> {
     for chunk in bytes.chunks(ENTROPY_CHUNK) {
         let mut info = RandPoolInfo { entropy_count: 0, buf_size: 0, buf: [0; ENTROPY_CHUNK] };
         // At most ENTROPY_CHUNK, so neither conversion can fail.

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use commonage_nodemgr_api::exec::{Decoder, Frame, FrameError, Start};
+use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::process::Signal;
@@ -18,7 +19,7 @@ use crate::children::Children;
 
 /// Bytes kept for a side that does not take them.
 const MAX_BUFFERED: usize = 256 * 1024;
-/// Bytes read at once.
+/// Bytes read at once. The room for them is never cleared: a sliver's memory is its own only where it was written.
 const CHUNK: usize = 32 * 1024;
 /// How long the host has to say what to run.
 const START_PATIENCE: Duration = Duration::from_secs(10);
@@ -85,6 +86,17 @@ struct Ready {
     output: bool,
     error: bool,
     exit: bool,
+}
+
+/// Says that no command is run here.
+///
+/// # Errors
+/// The host does not take even that.
+pub fn refuse(host: &OwnedFd, why: &str) -> io::Result<()> {
+    let frame = Frame::Error(why.to_owned()).encode().map_err(broken)?;
+    // A fresh connection has room for a line.
+    rustix::io::write(host, &frame)?;
+    Ok(())
 }
 
 /// A connection and what is under way on it.
@@ -229,11 +241,11 @@ impl Session {
 
     /// Reads frames as bytes; whether the host is still there.
     fn read_host(&mut self) -> io::Result<bool> {
-        let mut chunk = [0; CHUNK];
-        match rustix::io::read(&self.host, &mut chunk) {
+        let mut bytes = Vec::with_capacity(CHUNK);
+        match rustix::io::read(&self.host, spare_capacity(&mut bytes)) {
             Ok(0) => Ok(false),
-            Ok(n) => {
-                self.decoder.push(chunk.get(..n).unwrap_or_default());
+            Ok(_) => {
+                self.decoder.push(&bytes);
                 Ok(true)
             }
             Err(Errno::AGAIN | Errno::INTR) => Ok(true),
@@ -280,9 +292,9 @@ impl Session {
         frame: impl FnOnce(Vec<u8>) -> Frame,
     ) -> io::Result<()> {
         let Some(fd) = from else { return Ok(()) };
-        let mut chunk = [0; CHUNK];
-        match rustix::io::read(&*fd, &mut chunk) {
-            Ok(n @ 1..) => self.say(&frame(chunk.get(..n).unwrap_or_default().to_vec())),
+        let mut bytes = Vec::with_capacity(CHUNK);
+        match rustix::io::read(&*fd, spare_capacity(&mut bytes)) {
+            Ok(1..) => self.say(&frame(bytes)),
             Err(Errno::AGAIN | Errno::INTR) => Ok(()),
             // A terminal that nobody has open any more says EIO.
             _ => {
