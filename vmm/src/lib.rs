@@ -13,6 +13,7 @@ pub mod layout;
 pub mod machine;
 pub mod mapping;
 pub mod reactor;
+pub mod seccomp;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;

@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!  Machine::new   opens every file, maps memory, loads the kernel, creates KVM's machine, devices, processors and sockets
-//!  Machine::run   gives up privileges ─► starts one thread a processor ─► event loop ─► tells waiting clients why it ended
+//!  Machine::run   locks the process in ─► starts one thread a processor ─► event loop ─► tells waiting clients why it ended
 //! ```
 //!
-//! Invariant: nothing is opened by path after `new`, except Unix sockets that the vsock device connects to in its own directory.
+//! Invariant: nothing is opened by path after `new`; there is nothing to open then.
 #![forbid(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use commonage_isolation::void::Void;
 use commonage_net_demux_api::ring::{Ring, RingFds};
 use commonage_vmm_api::{ExitReason, MachineConfig, NetConfig, Response, RunState, Start};
 use kvm_ioctls::VcpuFd;
@@ -26,10 +27,11 @@ use crate::control::{Command, Control};
 use crate::devices::bus::{Bus, Line};
 use crate::devices::console::Console;
 use crate::event;
-use crate::jail::{self, JailError};
+use crate::jail::{Jail, JailError};
 use crate::layout;
 use crate::mapping::ReadOnlyMapping;
 use crate::reactor::{Reactor, Readiness};
+use crate::seccomp::{Filter, FilterError};
 use crate::vcpu;
 use crate::virtio::blk::Blk;
 use crate::virtio::mmio::{self, Transport};
@@ -85,6 +87,9 @@ pub enum MachineError {
     /// Privileges could not be given up.
     #[error(transparent)]
     Jail(#[from] JailError),
+    /// System calls could not be restricted.
+    #[error(transparent)]
+    Filter(#[from] FilterError),
 }
 
 fn file_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MachineError {
@@ -104,7 +109,7 @@ pub struct Machine {
     reactor: Reactor,
     control: Option<Control>,
     exit: Arc<Exit>,
-    uid: Option<u32>,
+    jail: Jail,
     started: Instant,
     _vm: Vm,
 }
@@ -206,23 +211,31 @@ impl Machine {
             reactor,
             control,
             exit,
-            uid: config.jail.as_ref().map(|jail| jail.uid),
+            jail: Jail::new(config).map_err(host_error("look at the disk"))?,
             started: Instant::now(),
             _vm: vm,
         })
     }
 
-    /// Gives up privileges and runs the guest until the machine ends. The caller must then exit the process: processors that were
-    /// not the reason for the end are still running.
-    pub fn run(mut self) -> Result<ExitReason, MachineError> {
-        jail::enter(self.uid)?;
+    /// Locks the process in, in the `void` if there is one, and runs the guest until the machine ends. The caller must then exit the process:
+    /// processors that were not the reason for the end are still running.
+    pub fn run(mut self, void: Option<Void>) -> Result<ExitReason, MachineError> {
+        self.jail.enter(void.as_ref())?;
+        drop(void);
+        let (event_loop, vcpu_filter) = (Filter::event_loop()?, Filter::vcpu()?);
         for (id, vcpu) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
-            let (bus, exit) = (Arc::clone(&self.bus), Arc::clone(&self.exit));
+            let (bus, exit, filter) = (Arc::clone(&self.bus), Arc::clone(&self.exit), vcpu_filter.clone());
+            let run = move || match filter.install() {
+                Ok(()) => vcpu::run(vcpu, id as u8, &bus),
+                Err(error) => ExitReason::Failed { message: error.to_string() },
+            };
             std::thread::Builder::new()
                 .name(format!("vcpu{id}"))
-                .spawn(move || exit.set(vcpu::run(vcpu, id as u8, &bus)))
+                .spawn(move || exit.set(run()))
                 .map_err(host_error("start a processor's thread"))?;
         }
+        // The last thread was started. What the guest does is served from here on only.
+        event_loop.install()?;
         let reason = self.event_loop();
         self.bus.commit_console();
         if let Some(control) = &mut self.control {

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use commonage_vmm::jail::inherited;
 use commonage_vmm::machine::{Machine, MachineError};
 use commonage_vmm_api::{DiskConfig, ExitReason, JailConfig, MachineConfig, NetConfig, Start, VsockConfig};
 
@@ -22,8 +23,11 @@ use commonage_vmm_api::{DiskConfig, ExitReason, JailConfig, MachineConfig, NetCo
 )]
 struct Arguments {
     /// Machine description in JSON; takes the place of all other flags
-    #[arg(long, value_name = "FILE", exclusive = true)]
+    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
     config: Option<PathBuf>,
+    /// Inherited descriptors of an empty mount and an empty network namespace to make the jail in; it makes its own without
+    #[arg(long, value_name = "MOUNT,NETWORK")]
+    void: Option<inherited::Numbers>,
     /// Uncompressed ELF kernel (vmlinux) with a PVH entry
     #[arg(long, value_name = "FILE", required_unless_present = "config")]
     kernel: Option<PathBuf>,
@@ -105,8 +109,10 @@ fn parse_mac(text: &str) -> Result<[u8; 6], String> {
 }
 
 fn run() -> Result<ExitReason, MachineError> {
-    let config = Arguments::parse().machine()?;
-    Machine::new(&config)?.run()
+    let arguments = Arguments::parse();
+    let void = inherited::take(arguments.void)
+        .map_err(|source| MachineError::Host { what: "take over inherited descriptors", source })?;
+    Machine::new(&arguments.machine()?)?.run(void)
 }
 
 fn main() -> ExitCode {

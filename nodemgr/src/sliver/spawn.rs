@@ -1,18 +1,33 @@
-//! Spawning `sliver-vmm` so that it outlives the node manager: in a session of its own and, from before its first instruction, in
-//! its control group. The only unsafe code of the node manager.
+//! Spawning `sliver-vmm` so that it outlives the node manager: in a session of its own, the first process of a pid namespace of its own and, from
+//! before its first instruction, in its control group. It inherits the [void](commonage_isolation::void) that its jail is made in. The
+//! only unsafe code of the node manager.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::OnceLock;
 
+use commonage_isolation::void::Void;
+use rustix::io::FdFlags;
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 use tokio::process::{Child, Command};
+use tokio::runtime::Handle;
 
-/// Spawns `program --config config`. It joins the control group whose `cgroup.procs` is `procs`; what it says goes to `log`.
+/// The void of this node manager's machines, made at the first one's start. It holds nothing and nobody can change it, so all share it.
+static VOID: OnceLock<Void> = OnceLock::new();
+
+/// Spawns `program --config config`. It joins the control group whose `cgroup.procs` is `procs`; what it says goes to `log`. Must be
+/// called in a tokio runtime.
 pub fn spawn(program: &Path, config: &Path, procs: Option<File>, log: File) -> io::Result<Child> {
+    let void = void()?;
+    let [mounts, network] = void.parts();
     let mut command = Command::new(program);
-    command.arg("--config").arg(config).env_clear().current_dir("/").stdin(Stdio::null());
+    command.arg("--config").arg(config);
+    command.arg("--void").arg(format!("{},{}", mounts.as_raw_fd(), network.as_raw_fd()));
+    command.env_clear().current_dir("/").stdin(Stdio::null());
     command.stdout(log.try_clone()?).stderr(log).kill_on_drop(false);
     let before_exec = move || {
         rustix::process::setsid()?;
@@ -20,10 +35,38 @@ pub fn spawn(program: &Path, config: &Path, procs: Option<File>, log: File) -> i
             // "0" is the process that writes.
             rustix::io::write(procs, b"0")?;
         }
+        // The child's own table of descriptors: they go on closing in every other child of the node manager.
+        for descriptor in void.parts() {
+            rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
+        }
         Ok(())
     };
-    // SAFETY: between fork and exec only async-signal-safe calls are made: setsid and write, on a descriptor that is open; an
+    // SAFETY: between fork and exec only async-signal-safe calls are made: setsid, write and fcntl, on descriptors that are open; an
     // error is returned as a number, nothing allocates and no lock is taken.
     unsafe { command.pre_exec(before_exec) };
-    command.spawn()
+    first_of_its_namespace(&mut command)
+}
+
+/// Spawns as process 1 of a new pid namespace. The namespace for children is a thread's, so a thread is made for it that has no other child.
+fn first_of_its_namespace(command: &mut Command) -> io::Result<Child> {
+    let runtime = Handle::current();
+    let birth = move || {
+        let _runtime = runtime.enter();
+        // SAFETY: no descriptors are unshared, only where this thread's future children are counted.
+        unsafe { unshare_unsafe(UnshareFlags::NEWPID) }?;
+        command.spawn()
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("birth".into()).spawn_scoped(scope, birth)?;
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread that spawns it panicked")))
+    })
+}
+
+fn void() -> io::Result<&'static Void> {
+    if let Some(void) = VOID.get() {
+        return Ok(void);
+    }
+    let void = Void::create().map_err(io::Error::other)?;
+    // Two first machines at once make two voids; one is dropped.
+    Ok(VOID.get_or_init(|| void))
 }
