@@ -12,6 +12,7 @@ pub mod jail;
 pub mod layout;
 pub mod machine;
 pub mod mapping;
+pub mod metrics;
 pub mod reactor;
 pub mod seccomp;
 pub mod vcpu;

@@ -19,13 +19,13 @@ use commonage_net_demux_api::ring::{Ring, RingFds};
 use commonage_vmm_api::{ExitReason, MachineConfig, NetConfig, Response, RunState, Start};
 use kvm_ioctls::VcpuFd;
 use rustix::fs::FlockOperation;
-use vm_superio::Serial;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::{self, BootError, Image};
 use crate::control::{Command, Control};
-use crate::devices::bus::{Bus, Line};
+use crate::devices::bus::Bus;
 use crate::devices::console::Console;
+use crate::devices::serial::{Line, SerialPort};
 use crate::event;
 use crate::jail::{Jail, JailError};
 use crate::layout;
@@ -34,6 +34,7 @@ use crate::reactor::{Reactor, Readiness};
 use crate::seccomp::{Filter, FilterError};
 use crate::vcpu;
 use crate::virtio::blk::Blk;
+use crate::virtio::console::VirtioConsole;
 use crate::virtio::mmio::{self, Transport};
 use crate::virtio::net::Net;
 use crate::virtio::pmem::Pmem;
@@ -167,9 +168,6 @@ impl Machine {
         let mut vm = Vm::new(guest_memory(config.memory_mib)?)?;
         let reactor = Reactor::new().map_err(host_error("create the event loop"))?;
 
-        let (devices, ring) = devices(config, &mut vm)?;
-        let transports = connect(&vm, &reactor, devices)?;
-
         let console = match &config.console {
             Some(path) => Console::file(path).map_err(file_error("open the console file", path))?,
             None => Console::stdout().map_err(host_error("create a timer"))?,
@@ -178,9 +176,11 @@ impl Machine {
             .poller(CONSOLE)
             .add(console.timer(), 0, Readiness::READ)
             .map_err(host_error("watch the console's timer"))?;
+        let (devices, ring) = devices(config, &mut vm, &console)?;
+        let transports = connect(&vm, &reactor, devices)?;
         let line = new_event()?;
         vm.connect_interrupt(&line, layout::COM1_IRQ)?;
-        let bus = Bus::new(Serial::new(Line(line), console), transports.pages);
+        let bus = Bus::new(SerialPort::new(Line::new(line), console), transports.pages);
 
         let command_line = [COMMAND_LINE, &transports.parameters, cmdline].map(str::trim).join(" ");
         let entry = boot::load(
@@ -195,7 +195,7 @@ impl Machine {
 
         let control = match &config.control {
             Some(path) => Some(
-                Control::new(path, ring, reactor.poller(CONTROL))
+                Control::new(path, ring, Arc::clone(&bus), reactor.poller(CONTROL))
                     .map_err(file_error("listen on the control socket", path))?,
             ),
             None => None,
@@ -237,9 +237,9 @@ impl Machine {
         // The last thread was started. What the guest does is served from here on only.
         event_loop.install()?;
         let reason = self.event_loop();
-        self.bus.commit_console();
+        self.bus.console().commit();
         if let Some(control) = &mut self.control {
-            control.finish(&reason, "");
+            control.finish(&reason);
         }
         // The processes' other threads still use guest memory: it must not be unmapped now.
         std::mem::forget(self);
@@ -260,7 +260,7 @@ impl Machine {
                             return reason;
                         }
                     }
-                    CONSOLE => self.bus.commit_console(),
+                    CONSOLE => self.bus.console().commit(),
                     CONTROL => {
                         if let Some(control) = &mut self.control {
                             control.event(event.token);
@@ -290,7 +290,12 @@ fn execute(control: &mut Control, started: Instant) -> Option<ExitReason> {
                 uptime_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
                 state: RunState::Running,
             },
-            Command::Stop { grace: _ } => return Some(ExitReason::Stopped),
+            Command::Stop { grace } => {
+                if grace.is_zero() || !control.ask_guest(grace) {
+                    return Some(ExitReason::Stopped);
+                }
+                continue;
+            }
             _ => Response::Error { message: "this machine cannot do that yet".into() },
         };
         control.answer(client, &response);
@@ -315,7 +320,11 @@ fn guest_memory(memory_mib: u32) -> Result<Memory, MachineError> {
 type Devices = Vec<Box<dyn VirtioDevice>>;
 
 /// The devices that `config` asks for, in the order of their register pages, and net-demux's side of the network ring.
-fn devices(config: &MachineConfig, vm: &mut Vm) -> Result<(Devices, Option<RingFds>), MachineError> {
+fn devices(
+    config: &MachineConfig,
+    vm: &mut Vm,
+    console: &Console,
+) -> Result<(Devices, Option<RingFds>), MachineError> {
     let mut devices: Devices = vec![Box::new(Rng::default())];
     if let Some(path) = &config.base {
         let file = File::open(path).map_err(file_error("open the base image", path))?;
@@ -338,6 +347,7 @@ fn devices(config: &MachineConfig, vm: &mut Vm) -> Result<(Devices, Option<RingF
     if let Some(vsock) = &config.vsock {
         devices.push(Box::new(Vsock::new(vsock)?));
     }
+    devices.push(Box::new(VirtioConsole::new(console.clone())));
     Ok((devices, ring))
 }
 

@@ -161,6 +161,8 @@ const EVENT_LOOP: &[Call] = &[
     Call(libc::SYS_shutdown, &[]),
     // The guest's connections to the host: one end is handed to the client that accepts them.
     Call(libc::SYS_socketpair, &[&[is(0, libc::AF_UNIX as u32)]]),
+    // A guest's grace, once a client asks for one.
+    Call(libc::SYS_timerfd_create, &[]),
     // The disk's ring, which was made and restricted before.
     Call(libc::SYS_io_uring_enter, &[]),
     // A client's stream as two values; non-blocking streams.

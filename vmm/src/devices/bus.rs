@@ -5,13 +5,11 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vm_superio::serial::NoEvents;
-use vm_superio::{Serial, Trigger};
-use vmm_sys_util::eventfd::EventFd;
-
 use super::console::Console;
+use super::serial::SerialPort;
 use crate::layout;
 use crate::virtio::VirtioDevice;
+use crate::virtio::console::VirtioConsole;
 use crate::virtio::mmio::Transport;
 
 /// Keyboard controller command: pulse the reset line.
@@ -22,27 +20,14 @@ const I8042_RESET: u8 = 0xfe;
 const I8042_STATUS: u8 = 1;
 const SERIAL_PORTS: u16 = 8;
 
-/// Interrupts the guest by writing an eventfd that KVM watches.
-pub struct Line(pub EventFd);
-
-impl Trigger for Line {
-    type E = io::Error;
-
-    fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
-    }
-}
-
-/// The first serial port.
-pub type Com1 = Serial<Line, NoEvents, Console>;
-
 /// The guest pulsed the reset line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ResetRequested;
 
 /// All devices, shared by the processors' threads and the event loop.
 pub struct Bus {
-    serial: Mutex<Com1>,
+    serial: Mutex<SerialPort>,
+    console: Console,
     transports: Vec<Mutex<Transport>>,
 }
 
@@ -53,8 +38,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Bus {
     /// A bus with a serial port and virtio devices, the first at the first page.
-    pub fn new(serial: Com1, transports: Vec<Transport>) -> Arc<Self> {
+    pub fn new(serial: SerialPort, transports: Vec<Transport>) -> Arc<Self> {
         Arc::new(Self {
+            console: serial.console().clone(),
             serial: Mutex::new(serial),
             transports: transports.into_iter().map(Mutex::new).collect(),
         })
@@ -77,10 +63,7 @@ impl Bus {
     pub fn write_port(&self, port: u16, data: &[u8]) -> Result<(), ResetRequested> {
         if let Some(offset) = serial_offset(port) {
             let mut serial = lock(&self.serial);
-            for byte in data {
-                // The console never fails; an interrupt that cannot be raised is pending already.
-                let _ = serial.write(offset, *byte);
-            }
+            data.iter().for_each(|byte| serial.write(offset, *byte));
         }
         if port == layout::I8042_COMMAND && data == [I8042_RESET] {
             return Err(ResetRequested);
@@ -125,9 +108,26 @@ impl Bus {
             .and_then(|mut transport| transport.device().map(ask))
     }
 
-    /// Writes what the console gathered.
-    pub fn commit_console(&self) {
-        lock(&self.serial).writer_mut().commit();
+    /// What the guest says on its serial port and its virtio console.
+    pub fn console(&self) -> &Console {
+        &self.console
+    }
+
+    /// Types `bytes`: on the virtio console once the guest has spoken there, on the serial port before.
+    pub fn type_in(&self, bytes: &[u8]) {
+        if self.with_device(|console: &mut VirtioConsole| console.type_in(bytes)) != Some(true) {
+            lock(&self.serial).type_in(bytes);
+        }
+    }
+
+    /// The serial port, as a snapshot needs it.
+    pub fn save_serial(&self) -> Vec<u8> {
+        lock(&self.serial).save()
+    }
+
+    /// The serial port becomes what [`Bus::save_serial`] told.
+    pub fn restore_serial(&self, saved: &[u8]) -> io::Result<()> {
+        lock(&self.serial).restore(saved)
     }
 }
 
@@ -139,11 +139,12 @@ fn serial_offset(port: u16) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+    use crate::devices::serial::Line;
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     fn bus(path: &std::path::Path) -> Arc<Bus> {
-        let line = Line(EventFd::new(EFD_NONBLOCK).unwrap());
-        Bus::new(Serial::new(line, Console::file(path).unwrap()), Vec::new())
+        let line = Line::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        Bus::new(SerialPort::new(line, Console::file(path).unwrap()), Vec::new())
     }
 
     #[test]

@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 pub mod blk;
+pub mod console;
 pub mod mmio;
 pub mod net;
 pub mod pmem;

@@ -42,6 +42,15 @@ impl Frame {
     }
 }
 
+/// What went through the device; (sent, received) by the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counters {
+    /// Frames.
+    pub frames: (u64, u64),
+    /// Bytes of those.
+    pub bytes: (u64, u64),
+}
+
 /// The network device.
 pub struct Net {
     mac: [u8; 6],
@@ -50,13 +59,26 @@ pub struct Net {
     received: Box<Frame>,
     /// From the guest, waiting for room in the ring.
     sent: Box<Frame>,
+    counters: Counters,
     active: Option<Active>,
 }
 
 impl Net {
     /// A device with address `mac` on `ring`.
     pub fn new(mac: [u8; 6], ring: Endpoint) -> Self {
-        Self { mac, ring, received: Frame::new(), sent: Frame::new(), active: None }
+        Self {
+            mac,
+            ring,
+            received: Frame::new(),
+            sent: Frame::new(),
+            counters: Counters::default(),
+            active: None,
+        }
+    }
+
+    /// What went through so far.
+    pub fn counters(&self) -> Counters {
+        self.counters
     }
 
     /// Guest to ring.
@@ -67,6 +89,8 @@ impl Net {
                 if self.ring.send(self.sent.contents()).is_err() {
                     return active.signal_used(TX); // the ring's event will come when there is room
                 }
+                self.counters.frames.0 += 1;
+                self.counters.bytes.0 += self.sent.len as u64;
                 self.sent.len = 0;
             }
             let Some(chain) = pop(&mut active.queues, &active.memory, TX)? else {
@@ -101,6 +125,10 @@ impl Net {
             let head = chain.head_index();
             // A buffer that is too small costs the guest the frame, nothing else.
             let written = scatter(&active.memory, chain, self.received.contents()).unwrap_or(0);
+            if written > 0 {
+                self.counters.frames.1 += 1;
+                self.counters.bytes.1 += self.received.len as u64;
+            }
             self.received.len = 0;
             active.add_used(RX, head, written)?;
         }

@@ -1,8 +1,9 @@
 //! The device behind real rings in guest memory, with a driver that lays packets out as it likes.
 
 use std::io::Read;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 
 use tempfile::TempDir;
 use virtio_queue::Queue;
@@ -79,6 +80,8 @@ struct World {
     line: EventFd,
     rx: Ring,
     tx: Ring,
+    event: Ring,
+    accepted: Receiver<UnixStream>,
 }
 
 impl World {
@@ -86,6 +89,10 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         let reactor = Reactor::new().unwrap();
         let mut device = Vsock::new(&VsockConfig { cid: 3, path: dir.path().join("v") }).unwrap();
+        let (accepter, accepted) = channel();
+        device.set_accepter(Box::new(move |_, connection| {
+            accepter.send(UnixStream::from(connection.try_clone_to_owned()?)).map_err(io::Error::other)
+        }));
         let memory = Memory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
         let rings = [Ring::new(0), Ring::new(1), Ring::new(2)];
         let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
@@ -99,8 +106,8 @@ impl World {
                 kicks: (0..3).map(|_| Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap())).collect(),
             })
             .unwrap();
-        let [rx, tx, _] = rings;
-        Self { dir, _reactor: reactor, device, memory, line, rx, tx }
+        let [rx, tx, event] = rings;
+        Self { dir, _reactor: reactor, device, memory, line, rx, tx, event, accepted }
     }
 
     /// Sends `bytes`, laid out over descriptors of the given lengths.
@@ -154,9 +161,8 @@ fn packet(op: Op, len: u32) -> Vec<u8> {
 #[test]
 fn framing_is_the_drivers_choice() {
     let mut world = World::new();
-    let listener = UnixListener::bind(world.dir.path().join("v_806")).unwrap();
     world.send(&packet(Op::Request, 0), &[10, 0, 34]);
-    let mut host = listener.accept().unwrap().0;
+    let mut host = world.accepted.try_recv().unwrap();
     // The answer waited for a descriptor.
     let (count, written, header) = world.receive(&[20, 24, 100]);
     assert_eq!((count, written), (1, 44));
@@ -209,7 +215,6 @@ fn chains_that_are_no_packets_are_returned_and_do_no_harm() {
 #[test]
 fn a_broken_ring_is_an_error_and_a_reset_forgets_everything() {
     let mut world = World::new();
-    let _listener = UnixListener::bind(world.dir.path().join("v_806")).unwrap();
     world.send(&packet(Op::Request, 0), &[44]);
     assert_eq!(world.device.muxer.stream_count(), 1);
     world.memory.write_obj(0x8000u16, GuestAddress(world.tx.base + Ring::AVAILABLE + 2)).unwrap();
@@ -219,6 +224,54 @@ fn a_broken_ring_is_an_error_and_a_reset_forgets_everything() {
     assert!(!world.device.muxer.has_packet());
     world.device.queue_event(RX).unwrap();
     world.device.event(0, Readiness::READ).unwrap();
+}
+
+#[test]
+fn a_restored_guest_is_told_that_its_streams_are_gone_and_one_without_any_is_not() {
+    let mut world = World::new();
+    assert_eq!(world.device.save(), [0]);
+    world.send(&packet(Op::Request, 0), &[44]);
+    let saved = world.device.save();
+    assert_eq!(saved, [1]);
+
+    let mut clone = World::new();
+    let room = BUFFERS + 0x3_0000;
+    clone.memory.write_obj(u32::MAX, GuestAddress(room)).unwrap();
+    clone.device.restore(&[0]).unwrap();
+    clone.event.offer(&clone.memory, &[(room, 4)], WRITABLE);
+    clone.device.queue_event(EVENT).unwrap();
+    assert_eq!(clone.event.used(&clone.memory).0, 0);
+    // There is room already, then there is none until the driver makes some.
+    clone.device.restore(&saved).unwrap();
+    assert_eq!(clone.event.used(&clone.memory), (1, 4));
+    assert_eq!(clone.memory.read_obj::<u32>(GuestAddress(room)).unwrap(), 0);
+    assert_ne!(clone.line.read().unwrap(), 0);
+    clone.device.restore(&saved).unwrap();
+    assert_eq!(clone.device.save(), [1], "it still has to be told");
+    clone.event.offer(&clone.memory, &[(room, 4)], WRITABLE);
+    clone.device.queue_event(EVENT).unwrap();
+    assert_eq!(clone.event.used(&clone.memory), (2, 4));
+    assert_eq!(clone.device.save(), [0]);
+    // Once is enough, and nonsense is none.
+    clone.event.offer(&clone.memory, &[(room, 4)], WRITABLE);
+    clone.device.queue_event(EVENT).unwrap();
+    clone.device.restore(&[]).unwrap();
+    assert_eq!(clone.event.used(&clone.memory).0, 2);
+}
+
+#[test]
+fn the_machine_connects_when_the_driver_is_up() {
+    let mut world = World::new();
+    let (ours, mut host) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    world.device.connect(ours.into(), 809).unwrap();
+    assert_eq!(world.device.connections(), 1);
+    let (_, _, request) = world.receive(&[4096]);
+    assert_eq!((request.op, request.dst_port), (Op::Request as u16, 809));
+    world.device.reset();
+    assert_eq!(host.read(&mut [0; 1]).unwrap(), 0, "a reset ends it");
+    let (ours, _host) = UnixStream::pair().unwrap();
+    assert_eq!(world.device.connect(ours.into(), 809).unwrap_err().kind(), io::ErrorKind::NotConnected);
 }
 
 #[test]

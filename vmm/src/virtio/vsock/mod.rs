@@ -2,21 +2,27 @@
 //!
 //! * A host program connects to the machine's socket `path`, writes `CONNECT port\n`, reads `OK port\n`, and then speaks with the guest's
 //!   `port`. If the guest refuses, or does not answer in time, the socket is closed without an answer.
-//! * A guest that connects to port P of context id 2 reaches the Unix socket `{path}_P`; if nobody listens there, it is refused at once.
+//! * A guest that connects to a port of context id 2 reaches the client of the control socket that accepts ([`Vsock::set_accepter`]); while
+//!   nobody does, it is refused at once.
+//! * The machine itself connects to the guest by [`Vsock::connect`].
 //!
 //! This file moves packets between the virtqueues and the [`Muxer`], which owns the sockets and the table of streams; a
 //! [`connection`] is one stream without I/O. Everything runs in the machine's event loop; the sockets are in an epoll instance of
 //! the muxer's own, which is the only descriptor that the event loop sees.
 //!
-//! Streams only: neither SEQPACKET nor datagrams are offered, and the event queue is never used.
+//! A machine that is restored has none of the streams that the saved one had: if there were any, the guest is told so on the event queue
+//! (TRANSPORT_RESET, 5.10.6.7), resets them, and goes on listening.
+//!
+//! Streams only: neither SEQPACKET nor datagrams are offered.
 #![forbid(unsafe_code)]
 
 pub mod connection;
 pub mod muxer;
 pub mod packet;
-mod socket;
+pub mod socket;
 
 use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -25,6 +31,8 @@ use virtio_queue::{QueueOwnedT, QueueT};
 
 use self::muxer::Muxer;
 use self::packet::{Header, MAX_PAYLOAD};
+use self::socket::Accepter;
+use super::segments::split;
 use super::{Active, Chain, DeviceError, Memory, VirtioDevice, pop, read_config_from};
 use crate::reactor::Readiness;
 
@@ -32,8 +40,11 @@ use crate::reactor::Readiness;
 const DEVICE_TYPE: u32 = 19;
 const RX: usize = 0;
 const TX: usize = 1;
+const EVENT: usize = 2;
 /// Linux's driver fills the receive queue with a page a descriptor, so its size is guest memory that every sliver pays for.
 const QUEUE_SIZES: [u16; 3] = [64, 64, 4];
+/// The only event there is: VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
+const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 
 /// Why the device could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -44,8 +55,8 @@ pub enum VsockError {
         /// The context id.
         cid: u32,
     },
-    /// A socket's name has room for 107 bytes, and `_4294967295` may follow.
-    #[error("{path} is too long for a vsock's Unix socket; choose a path of at most 96 bytes")]
+    /// A socket's name has room for 107 bytes.
+    #[error("{path} is too long for a vsock's Unix socket; choose a path of at most 107 bytes")]
     PathTooLong {
         /// The path.
         path: PathBuf,
@@ -81,8 +92,8 @@ pub struct Vsock {
     guest_cid: u64,
     muxer: Muxer,
     active: Option<Active>,
-    /// One packet's payload on its way between guest memory and a socket.
-    payload: Box<[u8]>,
+    /// The guest is to be told that its streams are gone.
+    forgotten: bool,
 }
 
 impl Vsock {
@@ -93,23 +104,66 @@ impl Vsock {
         }
         let guest_cid = u64::from(config.cid);
         let muxer = Muxer::new(guest_cid, &config.path)?;
-        Ok(Self { guest_cid, muxer, active: None, payload: vec![0; MAX_PAYLOAD].into_boxed_slice() })
+        Ok(Self { guest_cid, muxer, active: None, forgotten: false })
+    }
+
+    /// The guest's connections to ports of the host go to `accepter` from now on.
+    pub fn set_accepter(&mut self, accepter: Accepter) {
+        self.muxer.set_accepter(accepter);
+    }
+
+    /// Connects `stream`, which must not block, to the guest's `port`. It is told `OK port\n` if the guest accepts, and closed if it refuses or
+    /// does not answer in time. An error if the guest's driver is not up.
+    pub fn connect(&mut self, stream: OwnedFd, port: u32) -> io::Result<()> {
+        let active = self.active.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        self.muxer.connect_host(stream, port, Instant::now())?;
+        if let Some(kick) = active.kicks.get(RX) {
+            let _ = kick.write(1); // fails only if the counter is full: kicked already
+        }
+        Ok(())
+    }
+
+    /// Streams at present.
+    pub fn connections(&self) -> usize {
+        self.muxer.stream_count()
     }
 
     /// Takes what the guest has sent.
     fn take_from_guest(&mut self) -> Result<(), DeviceError> {
-        let Self { active: Some(active), muxer, payload, .. } = self else { return Ok(()) };
+        let Self { active: Some(active), muxer, .. } = self else { return Ok(()) };
+        // One packet's payload on its way to a socket. Not kept: most of the time there is none.
+        let mut payload = Vec::new();
         active.drain(TX, |memory, chain| {
-            if let Some((header, count)) = read_packet(memory, chain, payload) {
+            if let Some((header, count)) = read_packet(memory, chain, &mut payload) {
                 muxer.from_guest(&header, payload.get(..count).unwrap_or_default());
             }
             0
         })
     }
 
+    /// Tells the guest that its streams are gone, as soon as it has made room for that.
+    fn tell_forgotten(&mut self) -> Result<(), DeviceError> {
+        let Self { active: Some(active), forgotten, .. } = self else { return Ok(()) };
+        while *forgotten {
+            let Some(chain) = pop(&mut active.queues, &active.memory, EVENT)? else {
+                if refilled_meanwhile(active, EVENT)? { continue } else { break }
+            };
+            let head = chain.head_index();
+            let written = match split(chain) {
+                Ok((_, room)) => room.write(&active.memory, &TRANSPORT_RESET).unwrap_or(0),
+                Err(_) => 0,
+            };
+            active.add_used(EVENT, head, written as u32)?;
+            // A guest that offers too little room is told no more.
+            *forgotten = false;
+        }
+        active.signal_used(EVENT)
+    }
+
     /// Gives the guest what there is for it, as far as it has made room.
     fn give_to_guest(&mut self, now: Instant) -> Result<(), DeviceError> {
-        let Self { active: Some(active), muxer, payload, .. } = self else { return Ok(()) };
+        let Self { active: Some(active), muxer, .. } = self else { return Ok(()) };
+        let mut payload = Vec::new();
         // As in `Active::drain`: a guest that makes room as fast as it is used must not hold the event loop.
         let mut budget = 2 * QUEUE_SIZES[RX];
         while muxer.has_packet() {
@@ -122,11 +176,11 @@ impl Vsock {
             }
             budget -= 1;
             let Some(chain) = pop(&mut active.queues, &active.memory, RX)? else {
-                if refilled_meanwhile(active)? { continue } else { break }
+                if refilled_meanwhile(active, RX)? { continue } else { break }
             };
             let head = chain.head_index();
             let Some(written) =
-                write_packet(&active.memory, chain, payload, |room| muxer.to_guest(room, now))
+                write_packet(&active.memory, chain, &mut payload, |room| muxer.to_guest(room, now))
             else {
                 if let Some(ring) = active.queues.get_mut(RX) {
                     ring.go_to_previous_position();
@@ -139,22 +193,33 @@ impl Vsock {
     }
 }
 
-/// The receive queue is empty: asks the driver for a kick when it no longer is. True if it no longer is already.
-fn refilled_meanwhile(active: &mut Active) -> Result<bool, DeviceError> {
-    let Some(ring) = active.queues.get_mut(RX).filter(|ring| ring.ready()) else { return Ok(false) };
-    ring.enable_notification(&active.memory).map_err(|source| DeviceError::Queue { queue: RX, source })
+/// `queue` is empty: asks the driver for a kick when it no longer is. True if it no longer is already.
+fn refilled_meanwhile(active: &mut Active, queue: usize) -> Result<bool, DeviceError> {
+    let Some(ring) = active.queues.get_mut(queue).filter(|ring| ring.ready()) else { return Ok(false) };
+    ring.enable_notification(&active.memory).map_err(|source| DeviceError::Queue { queue, source })
+}
+
+/// The first `len` bytes of `buffer`, which grows if need be, to at most a packet's payload; `None` if that is too little.
+fn room(buffer: &mut Vec<u8>, len: usize) -> Option<&mut [u8]> {
+    if len > MAX_PAYLOAD {
+        return None;
+    }
+    if buffer.len() < len {
+        buffer.resize(len, 0);
+    }
+    buffer.get_mut(..len)
 }
 
 /// Copies a packet out of `chain`: its header, and the number of bytes put in `payload`. If the chain is shorter than the header says
 /// or the packet longer than any may be, no payload is copied, and the muxer sees the contradiction. `None` without a whole header.
-fn read_packet(memory: &Memory, chain: Chain<'_>, payload: &mut [u8]) -> Option<(Header, usize)> {
+fn read_packet(memory: &Memory, chain: Chain<'_>, payload: &mut Vec<u8>) -> Option<(Header, usize)> {
     let mut reader = chain.reader(memory).ok()?;
     let mut bytes = [0; Header::SIZE];
     reader.read_exact(&mut bytes).ok()?;
     let header = Header::parse(&bytes);
     let whole = usize::try_from(header.len)
         .ok()
-        .and_then(|len| payload.get_mut(..len))
+        .and_then(|len| room(payload, len))
         .and_then(|payload| reader.read_exact(payload).ok().map(|()| payload.len()));
     Some((header, whole.unwrap_or(0)))
 }
@@ -164,13 +229,13 @@ fn read_packet(memory: &Memory, chain: Chain<'_>, payload: &mut [u8]) -> Option<
 fn write_packet(
     memory: &Memory,
     chain: Chain<'_>,
-    payload: &mut [u8],
+    payload: &mut Vec<u8>,
     next: impl FnOnce(&mut [u8]) -> Option<Header>,
 ) -> Option<u32> {
     let Ok(mut writer) = chain.writer(memory) else { return Some(0) };
-    let room = writer.available_bytes().saturating_sub(Header::SIZE).min(payload.len());
+    let available = writer.available_bytes().saturating_sub(Header::SIZE).min(MAX_PAYLOAD);
     // A chain without room for a single byte could never take what waits, however often it were tried.
-    let Some(room) = payload.get_mut(..room).filter(|room| !room.is_empty()) else { return Some(0) };
+    let Some(room) = room(payload, available).filter(|room| !room.is_empty()) else { return Some(0) };
     let header = next(room)?;
     let data = usize::try_from(header.len).ok().and_then(|len| room.get(..len)).unwrap_or_default();
     // Cannot fail: the room is the writer's own.
@@ -210,12 +275,25 @@ impl VirtioDevice for Vsock {
             let _ = active.poller.remove(self.muxer.epoll());
         }
         self.muxer.reset();
+        self.forgotten = false;
+    }
+
+    /// Whether there are streams, one byte.
+    fn save(&self) -> Vec<u8> {
+        vec![u8::from(self.forgotten || self.muxer.is_known_to_guest())]
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        self.forgotten = state.first().is_some_and(|existed| *existed != 0);
+        self.tell_forgotten()
     }
 
     fn queue_event(&mut self, queue: usize) -> Result<(), DeviceError> {
         let now = Instant::now();
-        if queue == TX {
-            self.take_from_guest()?;
+        match queue {
+            EVENT => return self.tell_forgotten(),
+            TX => self.take_from_guest()?,
+            _ => {}
         }
         self.give_to_guest(now)
     }

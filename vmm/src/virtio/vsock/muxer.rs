@@ -28,7 +28,7 @@ use rustix::time::{
 use super::VsockError;
 use super::connection::{Connection, Segment, Verdict};
 use super::packet::{HOST_CID, Header, Op, TYPE_STREAM};
-use super::socket::{self, Greeted, Greeting, Listener, Read};
+use super::socket::{self, Accepter, Greeted, Greeting, Listener, Read};
 
 /// Most streams at a time.
 pub const MAX_STREAMS: usize = 256;
@@ -88,14 +88,13 @@ pub struct Counters {
     pub stray: u64,
     /// Answered by RST: against the rules of its stream.
     pub violations: u64,
-    /// Answered by RST: a request for a port where no host program listens, or for one stream too many.
+    /// Answered by RST: a request while nobody accepts, that the accepting client has no room for, or for one stream too many.
     pub refused: u64,
     /// Resets lost because the guest took none.
     pub resets_lost: u64,
 }
 
-/// The table of streams.
-#[derive(Debug)]
+/// The table of streams. It takes no memory while there are none.
 pub struct Muxer {
     guest_cid: u64,
     epoll: OwnedFd,
@@ -103,6 +102,8 @@ pub struct Muxer {
     /// When the timer will fire.
     timer_at: Option<Instant>,
     listener: Listener,
+    /// Who takes the guest's connections, if anybody does.
+    accepter: Option<Accepter>,
     /// There may be clients to accept.
     listener_ready: bool,
     clients: HashMap<u64, Client>,
@@ -133,6 +134,7 @@ impl Muxer {
             timer,
             timer_at: None,
             listener,
+            accepter: None,
             listener_ready: false,
             clients: HashMap::new(),
             streams: HashMap::new(),
@@ -158,6 +160,16 @@ impl Muxer {
     /// Streams at present, those included that the guest has left.
     pub fn stream_count(&self) -> usize {
         self.streams.len()
+    }
+
+    /// Whether there is anything that the guest may know of: a stream, or a reset on its way.
+    pub fn is_known_to_guest(&self) -> bool {
+        !self.by_key.is_empty() || !self.resets.is_empty()
+    }
+
+    /// The guest's connections go to `accepter` from now on.
+    pub fn set_accepter(&mut self, accepter: Accepter) {
+        self.accepter = Some(accepter);
     }
 
     /// Closes every stream: the guest has forgotten them all. Clients that have not named their port may stay.
@@ -223,26 +235,57 @@ impl Muxer {
 
     /// The guest asks for the host's port.
     fn accept_guest(&mut self, key: Key, header: &Header) {
-        let socket = if self.streams.len() < MAX_STREAMS {
-            self.listener.connect_port(key.host_port).ok()
-        } else {
-            None
-        };
-        let Header { flags, buf_alloc, fwd_cnt, .. } = *header;
-        let connection = Connection::by_guest(&Segment { op: Op::Request, flags, buf_alloc, fwd_cnt });
         let id = self.new_id();
-        let watched = socket.filter(|socket| self.watch(socket, id).is_ok());
-        let Some(socket) = watched else {
+        let Ok(socket) = self.hand_over(key.host_port, id) else {
             self.counters.refused += 1;
             self.push_reset(header.reset());
             return;
         };
+        let Header { flags, buf_alloc, fwd_cnt, .. } = *header;
+        let connection = Connection::by_guest(&Segment { op: Op::Request, flags, buf_alloc, fwd_cnt });
         // A guest that uses the name again no longer waits for the reset of what bore it before.
         self.resets.retain(|reset| {
             (reset.src_port, reset.dst_port, reset.src_cid, reset.kind)
                 != (key.host_port, key.guest_port, HOST_CID, TYPE_STREAM)
         });
         self.insert(id, key, connection, socket);
+    }
+
+    /// Gives a connection to `port` to the client that accepts; our end is watched under `id`.
+    fn hand_over(&mut self, port: u32, id: u64) -> io::Result<OwnedFd> {
+        if self.streams.len() >= MAX_STREAMS {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
+        let accepter = self.accepter.as_mut().ok_or(io::ErrorKind::ConnectionRefused)?;
+        let (ours, theirs) = socket::pair()?;
+        epoll::add(&self.epoll, &ours, EventData::new_u64(id), everything())?;
+        accepter(port, theirs.as_fd())?;
+        Ok(ours)
+    }
+
+    /// Connects `stream`, which must not block, to the guest's port. It is told `OK port\n` if the guest accepts, and closed if it refuses or
+    /// does not answer in time.
+    pub fn connect_host(&mut self, stream: OwnedFd, guest_port: u32, now: Instant) -> io::Result<()> {
+        if self.streams.len() >= MAX_STREAMS {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
+        let id = self.new_id();
+        self.watch(&stream, id)?;
+        self.insert_by_host(id, stream, guest_port, now);
+        Ok(())
+    }
+
+    fn insert_by_host(&mut self, id: u64, stream: OwnedFd, guest_port: u32, now: Instant) {
+        let key = Key { host_port: self.new_host_port(guest_port), guest_port };
+        let connection = Connection::by_host(now);
+        if let Some(until) = connection.deadline() {
+            self.arm(until, now);
+        }
+        self.insert(id, key, connection, stream);
+        if let Some(stream) = self.streams.get_mut(&id) {
+            // What was written before it was watched, or behind a request line, is not announced again.
+            stream.readable = true;
+        }
     }
 
     /// Whether [`Muxer::to_guest`] may have a packet.
@@ -337,19 +380,10 @@ impl Muxer {
             Greeted::Later => {}
             Greeted::Never => drop(self.clients.remove(&id)),
             Greeted::Connect(guest_port) => {
-                let Some(client) = self.clients.remove(&id) else { return };
-                if self.streams.len() >= MAX_STREAMS {
-                    return;
-                }
-                let key = Key { host_port: self.new_host_port(guest_port), guest_port };
-                let connection = Connection::by_host(now);
-                if let Some(until) = connection.deadline() {
-                    self.arm(until, now);
-                }
-                self.insert(id, key, connection, client.greeting.stream);
-                if let Some(stream) = self.streams.get_mut(&id) {
-                    // What the client wrote behind its request has been announced already.
-                    stream.readable = true;
+                if let Some(client) = self.clients.remove(&id)
+                    && self.streams.len() < MAX_STREAMS
+                {
+                    self.insert_by_host(id, client.greeting.stream, guest_port, now);
                 }
             }
         }
@@ -467,8 +501,7 @@ impl Muxer {
     }
 
     fn watch(&self, socket: &OwnedFd, id: u64) -> io::Result<()> {
-        let everything = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-        Ok(epoll::add(&self.epoll, socket, EventData::new_u64(id), everything)?)
+        Ok(epoll::add(&self.epoll, socket, EventData::new_u64(id), everything())?)
     }
 
     /// Never used before, so that an event of a closed socket cannot be taken for another's.
@@ -498,6 +531,10 @@ impl Muxer {
             ..Header::default()
         }
     }
+}
+
+fn everything() -> EventFlags {
+    EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET
 }
 
 impl Stream {

@@ -2,10 +2,11 @@
 //!
 //! Unix sockets of one process change state within the call that causes it, so nothing here waits: what a peer did is there to be polled.
 
-use std::collections::HashMap;
-use std::io::{Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -23,21 +24,38 @@ struct World {
     dir: TempDir,
     muxer: Muxer,
     now: Instant,
-}
-
-fn host_listens(path: &Path, port: u32) -> UnixListener {
-    UnixListener::bind(format!("{}_{port}", path.display())).unwrap()
+    accepted: Arc<Mutex<VecDeque<(u32, UnixStream)>>>,
 }
 
 impl World {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let muxer = Muxer::new(CID, &dir.path().join("v")).unwrap();
-        Self { dir, muxer, now: Instant::now() }
+        Self { dir, muxer, now: Instant::now(), accepted: Arc::default() }
     }
 
     fn path(&self) -> PathBuf {
         self.dir.path().join("v")
+    }
+
+    /// From now on the guest's connections to ports below 900 are accepted.
+    fn listen(&mut self) {
+        let accepted = Arc::clone(&self.accepted);
+        self.muxer.set_accepter(Box::new(move |port, connection| {
+            if port >= 900 {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            let connection = connection.try_clone_to_owned()?.into();
+            accepted.lock().unwrap().push_back((port, connection));
+            Ok(())
+        }));
+    }
+
+    /// The client's end of the next connection accepted.
+    fn accept(&mut self) -> UnixStream {
+        let (_, host) = self.accepted.lock().unwrap().pop_front().unwrap();
+        host.set_nonblocking(true).unwrap();
+        host
     }
 
     fn poll(&mut self) {
@@ -70,12 +88,10 @@ impl World {
 
     /// A stream from guest port 1000 to host port 806.
     fn connect(&mut self) -> UnixStream {
-        let listener = host_listens(&self.path(), 806);
+        self.listen();
         self.give(packet(Op::Request));
         assert_eq!(self.take_one().op, Op::Response as u16);
-        let host = listener.accept().unwrap().0;
-        host.set_nonblocking(true).unwrap();
-        host
+        self.accept()
     }
 
     /// A host program that asks for guest port 808.
@@ -111,12 +127,43 @@ fn is_eof(stream: &mut UnixStream) -> bool {
 }
 
 #[test]
-fn a_dead_port_is_refused_at_once() {
+fn the_guest_is_refused_at_once_while_nobody_accepts_or_who_does_has_no_room() {
     let mut world = World::new();
     world.give(packet(Op::Request));
     assert_eq!(world.take_one(), packet(Op::Request).reset());
-    assert_eq!(world.muxer.counters().refused, 1);
+    world.listen();
+    let busy = Header { dst_port: 900, ..packet(Op::Request) };
+    world.give(busy);
+    assert_eq!(world.take_one(), busy.reset());
+    assert_eq!(world.muxer.counters().refused, 2);
     assert_eq!(world.muxer.stream_count(), 0);
+    assert!(!world.muxer.is_known_to_guest());
+    world.give(packet(Op::Request));
+    assert_eq!(world.take_one().op, Op::Response as u16);
+    assert_eq!(world.accepted.lock().unwrap().pop_front().unwrap().0, 806);
+}
+
+#[test]
+fn the_machine_itself_reaches_the_guest() {
+    let mut world = World::new();
+    let (ours, mut host) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    host.set_nonblocking(true).unwrap();
+    world.muxer.connect_host(ours.into(), 809, world.now).unwrap();
+    assert!(world.muxer.is_known_to_guest());
+    let request = world.take_one();
+    assert_eq!((request.op, request.dst_port), (Op::Request as u16, 809));
+    world.give(answer(&request, Op::Response));
+    let mut line = [0; 7];
+    host.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"OK 809\n");
+
+    let (ours, mut host) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    world.muxer.connect_host(ours.into(), 810, world.now).unwrap();
+    let request = world.take_one();
+    world.give(answer(&request, Op::Reset));
+    assert!(is_eof(&mut host), "refused");
 }
 
 #[test]
@@ -258,7 +305,6 @@ fn a_guest_that_closes_early_leaves_the_host_all_it_sent_and_the_name_free() {
     assert!(world.take_all().is_empty(), "a reset is not answered");
     assert_eq!(world.muxer.stream_count(), 1);
     // The same name, while the former bearer still drains.
-    std::fs::remove_file(format!("{}_806", world.path().display())).unwrap();
     let _second = world.connect();
     assert_eq!(world.muxer.stream_count(), 2);
     let mut received = 0;
@@ -278,10 +324,10 @@ fn a_guest_that_closes_early_leaves_the_host_all_it_sent_and_the_name_free() {
 #[test]
 fn a_host_that_dies_is_heard_to_its_last_byte() {
     let mut world = World::new();
-    let listener = host_listens(&world.path(), 806);
+    world.listen();
     world.give(Header { buf_alloc: 100, ..packet(Op::Request) });
     world.take_all();
-    let mut host = listener.accept().unwrap().0;
+    let mut host = world.accept();
     host.write_all(&[9; 250]).unwrap();
     drop(host);
     let mut received = 0;
@@ -355,12 +401,12 @@ fn megabytes_echo() {
 #[test]
 fn streams_and_resets_are_bounded() {
     let mut world = World::new();
-    let listener = host_listens(&world.path(), 806);
+    world.listen();
     let mut hosts = vec![];
     for port in 0..MAX_STREAMS as u32 + 50 {
         world.give(Header { src_port: port, ..packet(Op::Request) });
         if world.muxer.counters().refused == 0 {
-            hosts.push(listener.accept().unwrap());
+            hosts.push(world.accept());
         }
     }
     assert_eq!(world.muxer.stream_count(), MAX_STREAMS);
@@ -381,17 +427,17 @@ fn streams_and_resets_are_bounded() {
     assert!(is_eof(&mut client));
     world.muxer.reset();
     assert_eq!(world.muxer.stream_count(), 0);
-    assert!(hosts.iter_mut().all(|(host, _)| is_eof(host)));
+    assert!(hosts.iter_mut().all(is_eof));
 }
 
 #[test]
 fn one_busy_stream_does_not_starve_the_others() {
     let mut world = World::new();
-    let listener = host_listens(&world.path(), 806);
+    world.listen();
     let mut hosts = vec![];
     for port in 0..10 {
         world.give(Header { src_port: port, ..packet(Op::Request) });
-        hosts.push(listener.accept().unwrap().0);
+        hosts.push(world.accept());
     }
     world.take_all();
     for host in &mut hosts {
@@ -451,7 +497,7 @@ fn act() -> impl Strategy<Value = Act> {
         prop_oneof![20 => Just(HOST_CID), 1 => any::<u64>()],
         // Few ports, so that packets meet their streams; the host's own ports among them.
         0..6u32,
-        prop_oneof![3 => 806..809u32, 1 => (1u32 << 30)..(1 << 30) + 4],
+        prop_oneof![3 => 806..809u32, 1 => Just(900u32), 1 => (1u32 << 30)..(1 << 30) + 4],
         prop_oneof![8 => 0..2000u32, 2 => 0..70_000u32, 1 => any::<u32>()],
         prop_oneof![20 => Just(TYPE_STREAM), 1 => any::<u16>()],
         prop_oneof![20 => 1..8u16, 4 => Just(1u16), 6 => Just(5u16), 1 => any::<u16>()],
@@ -480,8 +526,7 @@ proptest! {
     #[test]
     fn nothing_a_guest_or_host_does_breaks_it(acts in prop::collection::vec(act(), 0..300)) {
         let mut world = World::new();
-        let listeners = [host_listens(&world.path(), 806), host_listens(&world.path(), 807)];
-        listeners.iter().for_each(|listener| listener.set_nonblocking(true).unwrap());
+        world.listen();
         let mut hosts: Vec<UnixStream> = vec![];
         let payload = vec![7; MAX_PAYLOAD];
         for act in acts {
@@ -522,11 +567,9 @@ proptest! {
                 Act::HostWrites(..) | Act::HostReads(..) | Act::HostEnds(_) | Act::HostDies(_) => {}
             }
             world.poll();
-            for listener in &listeners {
-                while let Ok((host, _)) = listener.accept() {
-                    host.set_nonblocking(true).unwrap();
-                    hosts.push(host);
-                }
+            for (_, host) in std::mem::take(&mut *world.accepted.lock().unwrap()) {
+                host.set_nonblocking(true).unwrap();
+                hosts.push(host);
             }
             prop_assert!(world.muxer.stream_count() <= MAX_STREAMS);
         }

@@ -1,19 +1,19 @@
-//! The Unix sockets on the host's side: the listening one at `path`, where host programs ask for a guest's port, the ones at
-//! `{path}_PORT`, where the guest reaches host programs, and the one-line request that a host program makes.
+//! The Unix sockets on the host's side: the listening one, where host programs ask for a guest's port by a line, and the pairs by which
+//! the guest's connections are handed to the client that accepts them.
 //!
-//! Nothing here blocks: every socket is non-blocking from its creation.
+//! Nothing here blocks: every socket of ours is non-blocking from its creation. Nothing is connected to by path.
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, chmod};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect,
-    listen, recv, send, socket_with,
+    AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen,
+    recv, send, socket_with, socketpair,
 };
 
 use super::VsockError;
@@ -36,10 +36,9 @@ impl Listener {
         let failed = |what: &'static str| {
             move |source: io::Error| VsockError::Socket { path: path.to_owned(), what, source }
         };
-        // The longest name made from the path must fit too, or some ports would silently be unreachable.
-        if SocketAddrUnix::new(port_path(path, u32::MAX)).is_err() {
+        let Ok(address) = SocketAddrUnix::new(path) else {
             return Err(VsockError::PathTooLong { path: path.to_owned() });
-        }
+        };
         match fs::symlink_metadata(path) {
             Ok(found) if found.file_type().is_socket() => {
                 fs::remove_file(path).map_err(failed("remove the stale socket"))?;
@@ -50,7 +49,7 @@ impl Listener {
         }
         let create = || -> io::Result<OwnedFd> {
             let socket = new_socket()?;
-            bind(&socket, &SocketAddrUnix::new(path)?)?;
+            bind(&socket, &address)?;
             chmod(path, Mode::RUSR | Mode::WUSR)?;
             // Nobody can connect before this, so nobody can before the mode is right.
             listen(&socket, BACKLOG)?;
@@ -73,15 +72,6 @@ impl Listener {
         }
     }
 
-    /// Connects to the host program that listens for the guest at `port`. Refusal is immediate; so is the refusal of a
-    /// program whose backlog is full.
-    pub fn connect_port(&self, port: u32) -> io::Result<OwnedFd> {
-        let address = SocketAddrUnix::new(port_path(&self.path, port))?;
-        let socket = new_socket()?;
-        connect(&socket, &address)?;
-        Ok(socket)
-    }
-
     /// The socket, to be polled.
     pub fn socket(&self) -> &OwnedFd {
         &self.socket
@@ -100,10 +90,14 @@ fn new_socket() -> io::Result<OwnedFd> {
     Ok(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?)
 }
 
-fn port_path(path: &Path, port: u32) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!("_{port}"));
-    name.into()
+/// Where the guest's connections to ports of the host go: is given the port and the client's end of a connection, of which it keeps a copy.
+pub type Accepter = Box<dyn FnMut(u32, BorrowedFd<'_>) -> io::Result<()> + Send>;
+
+/// A connection: our end, which does not block, and the client's, which is as clients expect a descriptor to be.
+pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    rustix::io::ioctl_fionbio(&ours, true)?;
+    Ok((ours, theirs))
 }
 
 /// What reading a stream gave.
@@ -263,19 +257,7 @@ mod tests {
         assert!(matches!(Listener::create(&path), Err(VsockError::InTheWay { .. })));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
 
-        let long = dir.path().join("x".repeat(100));
+        let long = dir.path().join("x".repeat(108));
         assert!(matches!(Listener::create(&long), Err(VsockError::PathTooLong { .. })));
-    }
-
-    #[test]
-    fn a_dead_port_refuses_at_once() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("vsock.sock");
-        let listener = Listener::create(&path).unwrap();
-        assert!(listener.connect_port(806).is_err());
-        let port = UnixListener::bind(port_path(&path, 806)).unwrap();
-        assert!(listener.connect_port(806).is_ok());
-        drop(port);
-        assert!(listener.connect_port(806).is_err());
     }
 }
