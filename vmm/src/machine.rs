@@ -33,6 +33,7 @@ use crate::mapping::ReadOnlyMapping;
 use crate::reactor::{Reactor, Readiness};
 use crate::seccomp::{Filter, FilterError};
 use crate::vcpu;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::VirtioConsole;
 use crate::virtio::mmio::{self, Transport};
@@ -336,7 +337,7 @@ fn devices(
     if let Some(disk) = &config.disk {
         let path = &disk.path;
         let file = open_disk(path).map_err(file_error("open the disk", path))?;
-        devices.push(Box::new(Blk::new(file).map_err(file_error("measure the disk", path))?));
+        devices.push(Box::new(Blk::new(file, disk.rate).map_err(file_error("use the disk", path))?));
     }
     let mut ring = None;
     if let Some(NetConfig { mac }) = config.net {
@@ -346,6 +347,9 @@ fn devices(
     }
     if let Some(vsock) = &config.vsock {
         devices.push(Box::new(Vsock::new(vsock)?));
+    }
+    if config.balloon {
+        devices.push(Box::new(Balloon::new(config.memory_mib)));
     }
     devices.push(Box::new(VirtioConsole::new(console.clone())));
     Ok((devices, ring))

@@ -10,6 +10,8 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::devices::bus::Bus;
 use crate::virtio::Memory;
+use crate::virtio::balloon::Balloon;
+use crate::virtio::blk::Blk;
 use crate::virtio::net::Net;
 use crate::virtio::vsock::Vsock;
 
@@ -25,6 +27,8 @@ pub fn gather(bus: &Bus, memory: &Memory, private: &PrivateMemory, vcpus: Vec<Vc
     // A host that cannot tell is no reason to tell nothing else.
     let (private_kib, vmm_private_kib) = private.measure(&ranges).unwrap_or_default();
     let net = bus.with_device(|net: &mut Net| net.counters()).unwrap_or_default();
+    let (balloon_mib, guest_free_kib, reported_kib) =
+        bus.with_device(|balloon: &mut Balloon| balloon.metrics()).unwrap_or_default();
     Metrics {
         private_kib,
         vmm_private_kib,
@@ -32,7 +36,10 @@ pub fn gather(bus: &Bus, memory: &Memory, private: &PrivateMemory, vcpus: Vec<Vc
         net_frames: net.frames,
         net_bytes: net.bytes,
         vsock_connections: bus.with_device(|vsock: &mut Vsock| vsock.connections() as u64).unwrap_or(0),
-        ..Metrics::default()
+        disk: bus.with_device(|blk: &mut Blk| blk.metrics()).unwrap_or_default(),
+        balloon_mib,
+        guest_free_kib,
+        reported_kib,
     }
 }
 

@@ -135,6 +135,8 @@ const COMMON: &[Call] = &[
     Call(libc::SYS_close, &[]),
     // Devices that a guest's register access starts or stops.
     Call(libc::SYS_epoll_ctl, &[]),
+    // The disk's ring, which was made and restricted before: a guest that resets its disk waits for what is under way.
+    Call(libc::SYS_io_uring_enter, &[]),
     // Where the clock cannot be read without the kernel.
     Call(libc::SYS_clock_gettime, &[]),
     // The entropy device; hash tables' seeds.
@@ -161,10 +163,10 @@ const EVENT_LOOP: &[Call] = &[
     Call(libc::SYS_shutdown, &[]),
     // The guest's connections to the host: one end is handed to the client that accepts them.
     Call(libc::SYS_socketpair, &[&[is(0, libc::AF_UNIX as u32)]]),
-    // A guest's grace, once a client asks for one.
+    // A guest's grace, once a client asks for one; the disk's rate limit, once it holds something back.
     Call(libc::SYS_timerfd_create, &[]),
-    // The disk's ring, which was made and restricted before.
-    Call(libc::SYS_io_uring_enter, &[]),
+    // The disk: writes to the page cache.
+    Call(libc::SYS_pwritev, &[]),
     // A client's stream as two values; non-blocking streams.
     Call(
         libc::SYS_fcntl,

@@ -23,6 +23,7 @@
 //!   be removed in `reset` (dropping the descriptor does it if it has no duplicates).
 #![forbid(unsafe_code)]
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod mmio;

@@ -55,6 +55,12 @@ fn split_descriptors(
 }
 
 impl Segments {
+    /// These ranges.
+    #[cfg(test)]
+    pub fn of(ranges: Vec<(GuestAddress, u32)>) -> Self {
+        Self { ranges }
+    }
+
     /// Bytes in all.
     #[expect(clippy::len_without_is_empty, reason = "no request asks")]
     pub fn len(&self) -> u64 {

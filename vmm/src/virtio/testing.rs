@@ -96,6 +96,18 @@ impl Driver {
         self.offer(queue, head);
     }
 
+    /// Chains made available so far, up to 65535.
+    pub fn offered(&self, queue: usize) -> u64 {
+        let avail = queue as u64 * RINGS + AVAIL;
+        u64::from(self.memory.read_obj::<u16>(GuestAddress(avail + 2)).unwrap())
+    }
+
+    /// Empties the rings, as a driver does that begins again.
+    pub fn forget(&mut self, queue: usize) {
+        self.write(queue as u64 * RINGS, &[0; RINGS as usize]);
+        self.free[queue] = 0;
+    }
+
     /// The used ring's (head, written), from the beginning.
     pub fn used(&self, queue: usize) -> Vec<(u32, u32)> {
         let used = queue as u64 * RINGS + USED;
