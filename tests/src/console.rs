@@ -91,6 +91,17 @@ impl Console {
         }
     }
 
+    /// The line at `mark`, and where the next one will be.
+    ///
+    /// # Errors
+    /// Time is up before it comes, or the machine ended; with the last console lines.
+    pub fn next(&self, mark: Mark, time: Duration) -> Result<(String, Mark)> {
+        self.wait(mark, &[""], &[], time)?;
+        let state = self.state();
+        let line = state.lines.get(mark.0).context("the console has no such line")?;
+        Ok((line.clone(), Mark(mark.0 + 1)))
+    }
+
     /// The last lines.
     pub fn tail(&self, lines: usize) -> String {
         tail(&self.state().lines, lines)
@@ -133,6 +144,9 @@ mod tests {
             console.wait(start, &["four"], &[], time).unwrap_err().to_string().contains("the machine ended")
         );
         assert_eq!(console.mark(), Mark(3));
+        let (first, second) = console.next(start, time).unwrap();
+        assert_eq!((first.as_str(), console.next(second, time).unwrap().0.as_str()), ("one", "two: up"));
+        assert!(console.next(Mark(3), time).unwrap_err().to_string().contains("the machine ended"));
         assert_eq!(std::fs::read_to_string(path).unwrap(), "one\ntwo: up\nthree: failed\n");
     }
 }
