@@ -14,7 +14,7 @@ use crate::progress::{Task, megabytes};
 use crate::run::Log;
 
 /// Packages of the workspace whose programs run on the building machine only.
-const NOT_THESE: &[&str] = &["commonage-testbed", "xtask"];
+const NOT_THESE: &[&str] = &["bench", "commonage-testbed", "xtask"];
 
 /// Programs that must come out of that.
 const PROGRAMS: &[&str] = &[
