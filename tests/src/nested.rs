@@ -142,7 +142,8 @@ impl<'a> Machine<'a> {
     /// # Errors
     /// QEMU refuses, time is up, or the command fails; with everything that the console said.
     pub fn run(mut self, command: &str) -> Result<String> {
-        let dir = tempfile::Builder::new().prefix("commonage-").tempdir().context("no temporary directory")?;
+        let dir =
+            tempfile::Builder::new().prefix("commonage-").tempdir().context("no temporary directory")?;
         let at = |name: &str| dir.path().join(name);
         self.initramfs(command)?.write(&at("initramfs"))?;
         if let Some(disk) = &self.disk {
@@ -195,8 +196,7 @@ impl<'a> Machine<'a> {
         pair("-append", "console=ttyS0 loglevel=3 panic=-1");
         if self.disk.is_some() {
             // Nobody needs what is on it after a power cut here.
-            let drive =
-                format!("file={},if=virtio,format=raw,discard=unmap,cache=unsafe", disk.display());
+            let drive = format!("file={},if=virtio,format=raw,discard=unmap,cache=unsafe", disk.display());
             pair("-drive", &drive);
         }
         if self.network {
@@ -233,7 +233,8 @@ impl Disk {
         for (path, source) in &self.files {
             let to = staging.join(path.trim_start_matches('/'));
             if let Some(parent) = to.parent() {
-                std::fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+                std::fs::create_dir_all(parent)
+                    .with_context(|| format!("cannot make {}", parent.display()))?;
             }
             // A link costs nothing; between file systems there are none.
             std::fs::hard_link(source, &to)
