@@ -75,7 +75,7 @@ impl Machine {
         std::fs::write(&config, serde_json::to_vec(&self.config).unwrap()).unwrap();
         let binary =
             std::env::var_os("SLIVER_VMM").unwrap_or_else(|| env!("CARGO_BIN_EXE_sliver-vmm").into());
-        Command::new(binary).arg("--config").arg(config).stderr(Stdio::piped()).spawn().unwrap()
+        Command::new(binary).arg("run").arg("--config").arg(config).stderr(Stdio::piped()).spawn().unwrap()
     }
 
     fn run(&self) -> ExitStatus {

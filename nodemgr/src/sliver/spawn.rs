@@ -19,13 +19,13 @@ use tokio::runtime::Handle;
 /// The void of this node manager's machines, made at the first one's start. It holds nothing and nobody can change it, so all share it.
 static VOID: OnceLock<Void> = OnceLock::new();
 
-/// Spawns `program --config config`. It joins the control group whose `cgroup.procs` is `procs`; what it says goes to `log`. Must be
+/// Spawns `program run --config config`. It joins the control group whose `cgroup.procs` is `procs`; what it says goes to `log`. Must be
 /// called in a tokio runtime.
 pub fn spawn(program: &Path, config: &Path, procs: Option<File>, log: File) -> io::Result<Child> {
     let void = void()?;
     let [mounts, network] = void.parts();
     let mut command = Command::new(program);
-    command.arg("--config").arg(config);
+    command.arg("run").arg("--config").arg(config);
     command.arg("--void").arg(format!("{},{}", mounts.as_raw_fd(), network.as_raw_fd()));
     command.env_clear().current_dir("/").stdin(Stdio::null());
     command.stdout(log.try_clone()?).stderr(log).kill_on_drop(false);

@@ -1,0 +1,7 @@
+//! What is typed.
+
+pub mod client;
+pub mod ctl;
+pub mod run;
+pub mod show;
+pub mod terminal;

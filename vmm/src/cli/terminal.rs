@@ -1,0 +1,81 @@
+//! `ctl SOCKET console`: this terminal becomes the guest's, until Ctrl-] is typed or the machine ends.
+
+use std::io::{self, IsTerminal, Read, Write};
+use std::os::unix::net::UnixStream;
+
+use rustix::event::{PollFd, PollFlags};
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+
+/// Ctrl-]: what telnet took.
+const ESCAPE: u8 = 0x1d;
+
+/// Raw mode for as long as it lives, if standard input is a terminal.
+struct Raw(Option<Termios>);
+
+impl Raw {
+    fn new() -> io::Result<Self> {
+        let stdin = io::stdin();
+        if !stdin.is_terminal() {
+            return Ok(Self(None));
+        }
+        let before = tcgetattr(&stdin)?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        tcsetattr(&stdin, OptionalActions::Now, &raw)?;
+        Ok(Self(Some(before)))
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0 {
+            // It was settable a moment ago; nothing is left to be done if it no longer is.
+            let _ = tcsetattr(io::stdin(), OptionalActions::Now, before);
+        }
+    }
+}
+
+/// Copies both ways between standard input and output and `machine`; `first` was read of it already. Without a terminal the end of standard
+/// input ends only the typing.
+pub fn attach(first: &[u8], mut machine: UnixStream) -> io::Result<()> {
+    let raw = Raw::new()?;
+    if raw.0.is_some() {
+        eprint!("attached; Ctrl-] detaches\r\n");
+    }
+    let mut stdout = io::stdout();
+    stdout.write_all(first)?;
+    stdout.flush()?;
+    let mut typing = true;
+    loop {
+        let stdin = io::stdin();
+        let mut fds = vec![PollFd::new(&machine, PollFlags::IN)];
+        if typing {
+            fds.push(PollFd::new(&stdin, PollFlags::IN));
+        }
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        }
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        let mut buffer = [0; 4096];
+        if ready.first() == Some(&true) {
+            let count = machine.read(&mut buffer)?;
+            if count == 0 {
+                return Ok(());
+            }
+            stdout.write_all(buffer.get(..count).unwrap_or_default())?;
+            stdout.flush()?;
+        }
+        if ready.get(1) == Some(&true) {
+            let count = rustix::io::read(&stdin, &mut buffer)?;
+            let typed = buffer.get(..count).unwrap_or_default();
+            let escape = typed.iter().position(|byte| *byte == ESCAPE).filter(|_| raw.0.is_some());
+            machine.write_all(typed.get(..escape.unwrap_or(count)).unwrap_or_default())?;
+            if escape.is_some() {
+                return Ok(());
+            }
+            typing = count > 0;
+        }
+    }
+}
