@@ -29,8 +29,8 @@ pub const GIB: u64 = 1 << 30;
 pub const MIN_MEMORY_MIB: u32 = 32;
 /// Most guest memory: one process's worth on any machine lent to the testbed.
 pub const MAX_MEMORY_MIB: u32 = 256 * 1024;
-/// Most virtual processors: what fits in the MP table's 1 KiB with room to spare.
-pub const MAX_VCPUS: u8 = 32;
+/// Most virtual processors: what is tested. The MP table's 1 KiB would hold more.
+pub const MAX_VCPUS: u8 = 8;
 
 /// PVH `hvm_start_info`.
 pub const START_INFO: GuestAddress = GuestAddress(0x6000);

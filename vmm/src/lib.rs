@@ -6,18 +6,25 @@
 
 pub mod boot;
 pub mod control;
+pub mod cpuid;
 pub mod devices;
 pub mod event;
+pub mod halt;
 pub mod jail;
 pub mod layout;
 pub mod machine;
 pub mod mapping;
 pub mod metrics;
+pub mod origin;
+pub mod processors;
 pub mod rate_limit;
 pub mod reactor;
 mod reclaim;
+mod running;
 pub mod seccomp;
+pub mod snapshot;
 mod uring;
 pub mod vcpu;
+pub mod vcpu_state;
 pub mod virtio;
 pub mod vm;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  Machine::new   opens every file, maps memory, loads the kernel, creates KVM's machine, devices, processors and sockets
+//!                 (or: reads a snapshot's state into them, and maps its memory)
 //!  Machine::run   locks the process in ─► starts one thread a processor ─► event loop ─► tells waiting clients why it ended
 //! ```
 //!
@@ -11,47 +12,50 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
 use commonage_isolation::void::Void;
 use commonage_net_demux_api::ring::{Ring, RingFds};
-use commonage_vmm_api::{ExitReason, MachineConfig, NetConfig, Response, RunState, Start};
-use kvm_ioctls::VcpuFd;
+use commonage_vmm_api::{ExitReason, MachineConfig, NetConfig};
 use rustix::fs::FlockOperation;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::boot::{self, BootError, Image};
-use crate::control::{Command, Control};
+use crate::boot::BootError;
+use crate::control::Control;
 use crate::devices::bus::Bus;
 use crate::devices::console::Console;
 use crate::devices::serial::{Line, SerialPort};
 use crate::event;
+use crate::halt::HaltWatch;
 use crate::jail::{Jail, JailError};
 use crate::layout;
 use crate::mapping::ReadOnlyMapping;
+use crate::metrics::PrivateMemory;
+use crate::origin::Origin;
+use crate::processors::{Exit, Processors};
 use crate::reactor::{Reactor, Readiness};
 use crate::seccomp::{Filter, FilterError};
-use crate::vcpu;
+use crate::snapshot::pages::Pagemap;
+use crate::snapshot::{Id, Shape, SnapshotError};
+use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::VirtioConsole;
-use crate::virtio::mmio::{self, Transport};
+use crate::virtio::mmio::{self, Transport, TransportState};
 use crate::virtio::net::Net;
 use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{Vsock, VsockError};
-use crate::virtio::{Memory, VirtioDevice};
 use crate::vm::{Vm, VmError};
 
 /// Event sources: virtio devices are `0..`, these come after all of them.
-const CONTROL: u32 = 0x1000;
-const CONSOLE: u32 = 0x1001;
-const EXIT: u32 = 0x1002;
-
-/// What the kernel needs to hear whatever the guest is. `reboot=k`: a reboot pulses the keyboard controller's reset line, so that it can be told
-/// from a crash.
-const COMMAND_LINE: &str = "console=ttyS0 8250.nr_uarts=1 reboot=k panic=-1 quiet";
+pub(crate) const CONTROL: u32 = 0x1000;
+pub(crate) const CONSOLE: u32 = 0x1001;
+pub(crate) const EXIT: u32 = 0x1002;
+pub(crate) const HALT: u32 = 0x1003;
+/// All those above, in a reactor of their own.
+pub(crate) const HOST: u32 = 0x1004;
 
 /// Why a machine could not be put together or kept running.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +90,9 @@ pub enum MachineError {
     /// The vsock device could not be made.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// The snapshot is not one of this machine.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// Privileges could not be given up.
     #[error(transparent)]
     Jail(#[from] JailError),
@@ -94,43 +101,37 @@ pub enum MachineError {
     Filter(#[from] FilterError),
 }
 
-fn file_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MachineError {
+pub(crate) fn file_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MachineError {
     let path = path.to_owned();
     move |source| MachineError::File { what, path, source }
 }
 
-fn host_error(what: &'static str) -> impl FnOnce(io::Error) -> MachineError {
+pub(crate) fn host_error(what: &'static str) -> impl FnOnce(io::Error) -> MachineError {
     move |source| MachineError::Host { what, source }
 }
 
 /// A machine that is ready to run.
 pub struct Machine {
     // Dropped first: the processors' and devices' use of guest memory ends before KVM's machine does.
-    vcpus: Vec<VcpuFd>,
-    bus: Arc<Bus>,
-    reactor: Reactor,
-    control: Option<Control>,
-    exit: Arc<Exit>,
+    pub(crate) processors: Processors,
+    pub(crate) bus: Arc<Bus>,
+    /// What the guest drives: queues and what devices wait for; and `host`.
+    pub(crate) reactor: Reactor,
+    /// What is served also while the machine is paused: clients, the log, the machine's end.
+    pub(crate) host: Reactor,
+    pub(crate) control: Option<Control>,
+    pub(crate) exit: Arc<Exit>,
     jail: Jail,
-    started: Instant,
-    _vm: Vm,
-}
-
-/// How a processor's thread tells the event loop that the machine ends. The first reason counts.
-struct Exit {
-    reason: Mutex<Option<ExitReason>>,
-    event: EventFd,
-}
-
-impl Exit {
-    fn set(&self, reason: ExitReason) {
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
-        let _ = self.event.write(1); // fails only if the counter is full: told already
-    }
-
-    fn get(&self) -> Option<ExitReason> {
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
+    pub(crate) shape: Shape,
+    /// The snapshot that it started from.
+    pub(crate) snapshot_of: Option<Id>,
+    /// What the devices were when the machine was saved, until they are it again.
+    saved: Vec<TransportState>,
+    pub(crate) halt: HaltWatch,
+    pub(crate) private: PrivateMemory,
+    pub(crate) pagemap: Option<Pagemap>,
+    pub(crate) started: Instant,
+    pub(crate) vm: Vm,
 }
 
 /// Refuses what no machine can be.
@@ -158,63 +159,66 @@ impl Machine {
     /// Opens and builds everything; the guest does not run yet.
     pub fn new(config: &MachineConfig) -> Result<Self, MachineError> {
         check(config)?;
-        let Start::Boot { kernel, initrd, cmdline } = &config.start else {
-            return Err(MachineError::Config("this sliver-vmm cannot restore".into()));
-        };
-        let mut kernel = Image::open(kernel).map_err(file_error("open the kernel", kernel))?;
-        let mut initrd = match initrd {
-            Some(path) => Some(Image::open(path).map_err(file_error("open the initrd", path))?),
+        let base = match &config.base {
+            Some(path) => Some(File::open(path).map_err(file_error("open the base image", path))?),
             None => None,
         };
-        let mut vm = Vm::new(guest_memory(config.memory_mib)?)?;
+        let shape = Shape::of(config, base.as_ref()).map_err(host_error("look at the base image"))?;
+        let origin = Origin::open(config, &shape)?;
+        let mut vm = Vm::new(origin.memory(config.memory_mib)?)?;
         let reactor = Reactor::new().map_err(host_error("create the event loop"))?;
+        let host = Reactor::new().map_err(host_error("create the event loop"))?;
+        reactor
+            .poller(HOST)
+            .add(&host, 0, Readiness::READ)
+            .map_err(host_error("watch what is not the guest's"))?;
 
         let console = match &config.console {
             Some(path) => Console::file(path).map_err(file_error("open the console file", path))?,
             None => Console::stdout().map_err(host_error("create a timer"))?,
         };
-        reactor
-            .poller(CONSOLE)
+        host.poller(CONSOLE)
             .add(console.timer(), 0, Readiness::READ)
             .map_err(host_error("watch the console's timer"))?;
-        let (devices, ring) = devices(config, &mut vm, &console)?;
+        let halting = new_event()?;
+        console.on_halt(halting.try_clone().map_err(host_error("watch for a halt"))?);
+        let halt = HaltWatch::new(halting, &host.poller(HALT)).map_err(host_error("watch for a halt"))?;
+        let (devices, ring) = devices(config, base, &mut vm, &console)?;
         let transports = connect(&vm, &reactor, devices)?;
         let line = new_event()?;
         vm.connect_interrupt(&line, layout::COM1_IRQ)?;
         let bus = Bus::new(SerialPort::new(Line::new(line), console), transports.pages);
 
-        let command_line = [COMMAND_LINE, &transports.parameters, cmdline].map(str::trim).join(" ");
-        let entry = boot::load(
-            vm.memory(),
-            config.memory_mib,
-            config.vcpus,
-            &mut kernel,
-            initrd.as_mut(),
-            command_line.trim(),
-        )?;
-        let vcpus = vm.create_vcpus(config.vcpus, entry)?;
+        let snapshot_of = origin.snapshot();
+        let (vcpus, saved) = origin.begin(config, &vm, &transports.parameters, &bus)?;
 
         let control = match &config.control {
             Some(path) => Some(
-                Control::new(path, ring, Arc::clone(&bus), reactor.poller(CONTROL))
+                Control::new(path, ring, Arc::clone(&bus), host.poller(CONTROL))
                     .map_err(file_error("listen on the control socket", path))?,
             ),
             None => None,
         };
-        let exit = Arc::new(Exit { reason: Mutex::new(None), event: new_event()? });
-        reactor
-            .poller(EXIT)
-            .add(event::borrow(&exit.event), 0, Readiness::READ)
+        let exit = Arc::new(Exit::new(new_event()?));
+        host.poller(EXIT)
+            .add(event::borrow(exit.event()), 0, Readiness::READ)
             .map_err(host_error("watch the exit event"))?;
         Ok(Self {
-            vcpus,
+            processors: Processors::new(vcpus),
             bus,
             reactor,
+            host,
             control,
             exit,
             jail: Jail::new(config).map_err(host_error("look at the disk"))?,
+            shape,
+            snapshot_of,
+            saved,
+            halt,
+            pagemap: Pagemap::open().ok(),
+            private: PrivateMemory::open().map_err(host_error("open /proc/self/smaps"))?,
             started: Instant::now(),
-            _vm: vm,
+            vm,
         })
     }
 
@@ -223,18 +227,14 @@ impl Machine {
     pub fn run(mut self, void: Option<Void>) -> Result<ExitReason, MachineError> {
         self.jail.enter(void.as_ref())?;
         drop(void);
-        let (event_loop, vcpu_filter) = (Filter::event_loop()?, Filter::vcpu()?);
-        for (id, vcpu) in std::mem::take(&mut self.vcpus).into_iter().enumerate() {
-            let (bus, exit, filter) = (Arc::clone(&self.bus), Arc::clone(&self.exit), vcpu_filter.clone());
-            let run = move || match filter.install() {
-                Ok(()) => vcpu::run(vcpu, id as u8, &bus),
-                Err(error) => ExitReason::Failed { message: error.to_string() },
-            };
-            std::thread::Builder::new()
-                .name(format!("vcpu{id}"))
-                .spawn(move || exit.set(run()))
-                .map_err(host_error("start a processor's thread"))?;
+        let (event_loop, vcpu) = (Filter::event_loop()?, Filter::vcpu()?);
+        // Devices read what a snapshot says of them: inside.
+        for (index, state) in std::mem::take(&mut self.saved).iter().enumerate() {
+            self.restore_device(index, state)?;
         }
+        self.processors
+            .start(&self.bus, self.vm.memory(), &self.exit, &vcpu)
+            .map_err(host_error("start a processor's thread"))?;
         // The last thread was started. What the guest does is served from here on only.
         event_loop.install()?;
         let reason = self.event_loop();
@@ -247,75 +247,16 @@ impl Machine {
         Ok(reason)
     }
 
-    fn event_loop(&mut self) -> ExitReason {
-        loop {
-            let events = match self.reactor.wait() {
-                Ok(events) => events,
-                Err(error) => return ExitReason::Failed { message: format!("event loop: {error}") },
-            };
-            let mut end = None;
-            for event in events {
-                match event.source {
-                    EXIT => {
-                        if let Some(reason) = self.exit.get() {
-                            return reason;
-                        }
-                    }
-                    CONSOLE => self.bus.console().commit(),
-                    CONTROL => {
-                        if let Some(control) = &mut self.control {
-                            control.event(event.token);
-                            end = execute(control, self.started);
-                        }
-                    }
-                    device => {
-                        if let Some(mut transport) = self.bus.virtio(device as usize) {
-                            transport.event(event.token, event.readiness);
-                        }
-                    }
-                }
-                if let Some(reason) = end {
-                    return reason;
-                }
-            }
-        }
+    fn restore_device(&self, index: usize, state: &TransportState) -> Result<(), MachineError> {
+        let refuse = |message| SnapshotError::Device { index, message };
+        let mut transport =
+            self.bus.virtio(index).ok_or_else(|| refuse("this machine has no such device".to_owned()))?;
+        Ok(transport.restore(state).map_err(|error| refuse(error.to_string()))?)
     }
 }
 
-/// Carries out what clients ask of the machine; tells if it ends.
-fn execute(control: &mut Control, started: Instant) -> Option<ExitReason> {
-    while let Some((client, command)) = control.next() {
-        let response = match command {
-            Command::Status => Response::Status {
-                pid: std::process::id(),
-                uptime_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
-                state: RunState::Running,
-            },
-            Command::Stop { grace } => {
-                if grace.is_zero() || !control.ask_guest(grace) {
-                    return Some(ExitReason::Stopped);
-                }
-                continue;
-            }
-            _ => Response::Error { message: "this machine cannot do that yet".into() },
-        };
-        control.answer(client, &response);
-    }
-    None
-}
-
-fn new_event() -> Result<EventFd, MachineError> {
+pub(crate) fn new_event() -> Result<EventFd, MachineError> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(host_error("create an event"))
-}
-
-fn guest_memory(memory_mib: u32) -> Result<Memory, MachineError> {
-    let ranges: Result<Vec<_>, _> = layout::ram_ranges(memory_mib)
-        .into_iter()
-        .map(|(start, size)| usize::try_from(size).map(|size| (start, size)))
-        .collect();
-    let ranges = ranges.map_err(|error| MachineError::Config(error.to_string()))?;
-    Memory::from_ranges(&ranges)
-        .map_err(|error| MachineError::Host { what: "map guest memory", source: io::Error::other(error) })
 }
 
 type Devices = Vec<Box<dyn VirtioDevice>>;
@@ -323,12 +264,12 @@ type Devices = Vec<Box<dyn VirtioDevice>>;
 /// The devices that `config` asks for, in the order of their register pages, and net-demux's side of the network ring.
 fn devices(
     config: &MachineConfig,
+    base: Option<File>,
     vm: &mut Vm,
     console: &Console,
 ) -> Result<(Devices, Option<RingFds>), MachineError> {
     let mut devices: Devices = vec![Box::new(Rng::default())];
-    if let Some(path) = &config.base {
-        let file = File::open(path).map_err(file_error("open the base image", path))?;
+    if let (Some(path), Some(file)) = (&config.base, base) {
         let mapping = ReadOnlyMapping::new(&file).map_err(file_error("map the base image", path))?;
         let start = layout::pmem_start(config.memory_mib);
         devices.push(Box::new(Pmem::new(start, mapping.len() as u64)));

@@ -1,15 +1,22 @@
-//! A file mapped read-only and shared, padded with zeroes to a whole number of [`layout::PMEM_ALIGN`]: what the guest sees as persistent
-//! memory. Machines that map the same file share the host's page cache.
+//! Mappings that need care.
 //!
-//! Invariant: address and length are aligned to 4 KiB and 2 MiB; the whole length is mapped for as long as the value lives.
+//! [`ReadOnlyMapping`] is a file mapped read-only and shared, padded with zeroes to a whole number of [`layout::PMEM_ALIGN`]: what the guest
+//! sees as persistent memory. Machines that map the same file share the host's page cache. Invariant: address and length are aligned to
+//! 4 KiB and 2 MiB; the whole length is mapped for as long as the value lives.
+//!
+//! [`populate`] gives a machine its own copy of pages that it is going to write.
 
 use std::ffi::c_void;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::layout;
+use crate::snapshot::pages::PAGE;
+use crate::virtio::Memory;
 
 /// The mapping.
 pub struct ReadOnlyMapping {
@@ -75,6 +82,35 @@ impl Drop for ReadOnlyMapping {
         // SAFETY: exactly the range mapped in `new`; the owner no longer shows it to a guest.
         let _ = unsafe { rustix::mm::munmap(self.address, self.len) };
     }
+}
+
+/// Gives this process its own copy of `pages` (page numbers as in [`crate::snapshot::memory`]), as if each had been written. Tells how many
+/// it did; the kernel may refuse (before Linux 5.14, or for want of memory), and then the pages are copied when they are written.
+pub fn populate(memory: &Memory, pages: &[Range<u32>]) -> usize {
+    let mut populated = 0;
+    let mut first = 0;
+    for region in memory.iter() {
+        let Ok(address) = region.get_host_address(MemoryRegionAddress(0)) else { return populated };
+        let end = first + region.len() as usize / PAGE;
+        for range in pages {
+            let (from, to) = ((range.start as usize).max(first), (range.end as usize).min(end));
+            if from >= to {
+                continue;
+            }
+            // SAFETY: `from..to` lies within the region, which is mapped at `address` for as long as `memory` lives. Populating changes
+            // no contents.
+            let result = unsafe {
+                let start = address.add((from - first) * PAGE).cast::<c_void>();
+                rustix::mm::madvise(start, (to - from) * PAGE, Advice::LinuxPopulateWrite)
+            };
+            match result {
+                Ok(()) => populated += to - from,
+                Err(_) => return populated,
+            }
+        }
+        first = end;
+    }
+    populated
 }
 
 #[cfg(test)]

@@ -6,9 +6,10 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 
 /// What a descriptor is ready for, or is to be watched for.
@@ -87,7 +88,7 @@ pub struct Event {
     pub readiness: Readiness,
 }
 
-/// The epoll instance itself.
+/// The epoll instance itself. As a descriptor it is readable while something is ready, so one reactor can wait for another.
 pub struct Reactor {
     epoll: Arc<OwnedFd>,
     ready: Vec<epoll::Event>,
@@ -110,8 +111,14 @@ impl Reactor {
 
     /// Waits until something is ready and returns one round of events. A signal gives an empty round.
     pub fn wait(&mut self) -> io::Result<impl Iterator<Item = Event> + '_> {
+        self.round(true)
+    }
+
+    /// One round of events, for which it may `wait`.
+    pub fn round(&mut self, wait: bool) -> io::Result<impl Iterator<Item = Event> + '_> {
+        let patience = (!wait).then_some(Timespec { tv_sec: 0, tv_nsec: 0 });
         self.ready.clear();
-        match epoll::wait(&*self.epoll, rustix::buffer::spare_capacity(&mut self.ready), None) {
+        match epoll::wait(&*self.epoll, rustix::buffer::spare_capacity(&mut self.ready), patience.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -123,5 +130,11 @@ impl Reactor {
                 readiness: Readiness::from_flags(flags),
             }
         }))
+    }
+}
+
+impl AsFd for Reactor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
     }
 }

@@ -8,8 +8,8 @@
 use std::collections::BTreeMap;
 
 use kvm_bindings::{
-    kvm_clock_data, kvm_debugregs, kvm_fpu, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msrs,
-    kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    kvm_clock_data, kvm_cpuid2, kvm_debugregs, kvm_fpu, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_list, kvm_msrs, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -184,10 +184,12 @@ const EVENT_LOOP: &[Call] = &[
             &[kvm_exchange::<kvm_irqchip>(0x62)],
             &[kvm_read::<kvm_clock_data>(0x7c)],
             &[kvm_read::<kvm_pit_state2>(0x9f)],
+            &[kvm_exchange::<kvm_msr_list>(0x02)],
             // … and of each processor's.
             &[kvm_read::<kvm_regs>(0x81)],
             &[kvm_read::<kvm_sregs>(0x83)],
             &[kvm_exchange::<kvm_msrs>(0x88)],
+            &[kvm_exchange::<kvm_cpuid2>(0x91)],
             &[kvm_read::<kvm_fpu>(0x8c)],
             &[kvm_read::<kvm_lapic_state>(0x8e)],
             &[kvm_read::<kvm_mp_state>(0x98)],
@@ -200,6 +202,8 @@ const EVENT_LOOP: &[Call] = &[
             &[kvm_plain(0xad)],
         ],
     ),
+    // A snapshot that was reported done survives the host's end.
+    Call(libc::SYS_fsync, &[]),
     // Calls processors' threads out of the guest.
     Call(libc::SYS_getpid, &[]),
     Call(libc::SYS_gettid, &[]),

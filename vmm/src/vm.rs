@@ -7,15 +7,18 @@ use std::io;
 use std::path::Path;
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_regs,
-    kvm_segment, kvm_userspace_memory_region,
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
+    KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_cpuid_entry2, kvm_irqchip, kvm_pit_config,
+    kvm_pit_state2, kvm_regs, kvm_segment, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::cpuid;
 use crate::layout;
 use crate::mapping::ReadOnlyMapping;
+use crate::snapshot::codec::{Reader, Refusal, Writer};
 use crate::virtio::Memory;
 
 /// What KVM refused.
@@ -34,6 +37,22 @@ pub enum VmError {
         /// KVM's answer.
         source: io::Error,
     },
+    /// A model-specific register of a snapshot does not fit this host.
+    #[error(
+        "KVM refuses the value {value:#x} for the model-specific register {index:#x}; boot the machine afresh"
+    )]
+    Msr {
+        /// Which register.
+        index: u32,
+        /// What the snapshot has.
+        value: u64,
+    },
+    /// A snapshot is of another processor.
+    #[error("this processor cannot go on with the snapshot: {message}; boot the machine afresh")]
+    OtherCpu {
+        /// Why not.
+        message: String,
+    },
     /// Too many processors.
     #[error("{wanted} virtual processors asked for, KVM here gives at most {most}")]
     TooManyVcpus {
@@ -44,7 +63,8 @@ pub enum VmError {
     },
 }
 
-fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
+/// Turns what KVM answered to `what` into an error.
+pub(crate) fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
     move |error| VmError::Refused { what, source: io::Error::from_raw_os_error(error.errno()) }
 }
 
@@ -125,65 +145,120 @@ impl Vm {
             .map_err(refused("an ioeventfd"))
     }
 
-    /// Processors `0..count`; the first begins at the PVH entry `entry`, the others wait for it to wake them.
-    pub fn create_vcpus(&self, count: u8, entry: GuestAddress) -> Result<Vec<VcpuFd>, VmError> {
+    /// Processors `0..count` with nothing in them yet, and with the CPUID of this host or of a snapshot: see [`Vm::cpuid_for`].
+    pub fn create_vcpus(&self, count: u8, cpuid: &CpuId) -> Result<Vec<VcpuFd>, VmError> {
         let most = self.kvm.get_max_vcpus().min(usize::from(layout::MAX_VCPUS));
         if usize::from(count) > most {
             return Err(VmError::TooManyVcpus { wanted: count, most });
         }
-        let supported =
-            self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("to tell its CPUID"))?;
         let tsc_deadline = self.fd.check_extension(Cap::TscDeadlineTimer);
+        let mut cpuid = cpuid.clone();
         (0..count)
             .map(|id| {
                 let vcpu = self.fd.create_vcpu(u64::from(id)).map_err(refused("a processor"))?;
-                let mut cpuid = supported.clone();
-                adapt_cpuid(&mut cpuid, id, count, tsc_deadline);
+                cpuid::adapt(&mut cpuid, id, count, tsc_deadline);
                 vcpu.set_cpuid2(&cpuid).map_err(refused("CPUID"))?;
-                if id == 0 {
-                    start_at(&vcpu, entry)?;
-                }
-                wire_local_interrupts(&vcpu)?;
                 Ok(vcpu)
             })
             .collect()
     }
+
+    /// The CPUID for a guest that boots.
+    pub fn supported_cpuid(&self) -> Result<CpuId, VmError> {
+        self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("to tell its CPUID"))
+    }
+
+    /// The CPUID for a guest of `count` processors that saw `seen` on the first of them, if this host has all of that.
+    pub fn cpuid_for(&self, seen: &[kvm_cpuid_entry2], count: u8) -> Result<CpuId, VmError> {
+        let mut host = self.supported_cpuid()?;
+        cpuid::adapt(&mut host, 0, count, self.fd.check_extension(Cap::TscDeadlineTimer));
+        if let Some(message) = cpuid::missing(seen, host.as_slice()) {
+            return Err(VmError::OtherCpu { message });
+        }
+        CpuId::from_entries(seen)
+            .map_err(|error| VmError::Refused { what: "a snapshot's CPUID", source: io::Error::other(error) })
+    }
+
+    /// Indices of the model-specific registers that a snapshot must hold.
+    pub fn msrs_to_save(&self) -> Result<Vec<u32>, VmError> {
+        let list = self.kvm.get_msr_index_list().map_err(refused("to list model-specific registers"))?;
+        Ok(list.as_slice().to_vec())
+    }
+
+    /// The state of what all processors share. They must not be running.
+    pub fn save(&self) -> Result<VmState, VmError> {
+        let chip = |chip_id| {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            self.fd.get_irqchip(&mut chip).map_err(refused("to tell an interrupt controller's state"))?;
+            Ok(chip)
+        };
+        Ok(VmState {
+            irqchips: [
+                chip(KVM_IRQCHIP_PIC_MASTER)?,
+                chip(KVM_IRQCHIP_PIC_SLAVE)?,
+                chip(KVM_IRQCHIP_IOAPIC)?,
+            ],
+            pit: self.fd.get_pit2().map_err(refused("to tell the timer's state"))?,
+            clock: self.fd.get_clock().map_err(refused("to tell the clock"))?,
+        })
+    }
+
+    /// Takes back what [`Vm::save`] gave, after the processors' state.
+    pub fn restore(&self, state: &VmState) -> Result<(), VmError> {
+        for (chip_id, chip) in (KVM_IRQCHIP_PIC_MASTER..).zip(&state.irqchips) {
+            let chip = kvm_irqchip { chip_id, ..*chip };
+            self.fd.set_irqchip(&chip).map_err(refused("an interrupt controller's saved state"))?;
+        }
+        self.fd.set_pit2(&state.pit).map_err(refused("the timer's saved state"))?;
+        // Not KVM_CLOCK_REALTIME: the guest's monotonic clock goes on where it stopped, so that the time it was saved for
+        // ends none of its connections.
+        let clock = kvm_clock_data { clock: state.clock.clock, ..Default::default() };
+        self.fd.set_clock(&clock).map_err(refused("the saved clock"))
+    }
 }
 
-/// Makes the host's CPUID that of processor `id` of `count`.
-///
-/// "Hypervisor present" lets the guest find kvm-clock, and the TSC deadline timer lets it sleep without a tick: without these two
-/// bits every idle guest wakes 250 times a second.
-fn adapt_cpuid(cpuid: &mut CpuId, id: u8, count: u8, tsc_deadline: bool) {
-    const TSC_DEADLINE: u32 = 1 << 24;
-    const HYPERVISOR: u32 = 1 << 31;
-    const HYPER_THREADING: u32 = 1 << 28;
-    for entry in cpuid.as_mut_slice() {
-        match entry.function {
-            0x1 => {
-                entry.ecx |= HYPERVISOR;
-                if tsc_deadline {
-                    entry.ecx |= TSC_DEADLINE;
-                }
-                entry.ebx = entry.ebx & 0x0000_ffff | u32::from(count) << 16 | u32::from(id) << 24;
-                if count > 1 {
-                    entry.edx |= HYPER_THREADING;
-                } else {
-                    entry.edx &= !HYPER_THREADING;
-                }
-            }
-            // Extended topology: one thread a core, all cores in one package.
-            0xb | 0x1f => {
-                entry.edx = u32::from(id);
-                match entry.index {
-                    0 => (entry.eax, entry.ebx, entry.ecx) = (0, 1, 1 << 8),
-                    1 => (entry.eax, entry.ebx, entry.ecx) = (8, u32::from(count), 2 << 8 | 1),
-                    index => (entry.eax, entry.ebx, entry.ecx) = (0, 0, index),
-                }
-            }
-            _ => {}
-        }
+/// What all processors share: interrupt controllers, timer, clock.
+pub struct VmState {
+    irqchips: [kvm_irqchip; 3],
+    pit: kvm_pit_state2,
+    clock: kvm_clock_data,
+}
+
+impl VmState {
+    /// Appends it to a state file.
+    pub fn write(&self, to: &mut Writer) {
+        self.irqchips.iter().for_each(|chip| to.plain(chip));
+        to.plain(&self.pit);
+        to.plain(&self.clock);
     }
+
+    /// Reads what [`VmState::write`] wrote.
+    pub fn read(from: &mut Reader<'_>) -> Result<Self, Refusal> {
+        let irqchips = [from.plain()?, from.plain()?, from.plain()?];
+        Ok(Self { irqchips, pit: from.plain()?, clock: from.plain()? })
+    }
+}
+
+/// Lets the processor count time as a snapshot's did, at `khz`. A host that calibrated itself a little differently since is near enough.
+pub fn set_tsc_khz(vcpu: &VcpuFd, khz: u32) -> Result<(), VmError> {
+    const TOLERANCE_PPM: u64 = 250; // KVM's own
+    let host = vcpu.get_tsc_khz().map_err(refused("to tell the TSC's frequency"))?;
+    if u64::from(host.abs_diff(khz)) * 1_000_000 <= u64::from(host) * TOLERANCE_PPM {
+        return Ok(());
+    }
+    vcpu.set_tsc_khz(khz).map_err(|_| VmError::OtherCpu {
+        message: format!(
+            "its time-stamp counter runs at {host} kHz, not at {khz} kHz, and it cannot scale it"
+        ),
+    })
+}
+
+/// Makes new processors what a guest that boots expects: the first begins at the PVH entry `entry`, the others wait for it to wake them.
+pub fn prepare_boot(vcpus: &[VcpuFd], entry: GuestAddress) -> Result<(), VmError> {
+    if let Some(first) = vcpus.first() {
+        start_at(first, entry)?;
+    }
+    vcpus.iter().try_for_each(wire_local_interrupts)
 }
 
 /// The PVH entry state: 32-bit protected mode without paging, flat segments, EBX = start info.
@@ -228,24 +303,4 @@ fn wire_local_interrupts(vcpu: &VcpuFd) -> Result<(), VmError> {
         }
     }
     vcpu.set_lapic(&lapic).map_err(refused("a local APIC's state"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use kvm_bindings::kvm_cpuid_entry2;
-
-    #[test]
-    fn cpuid_says_hypervisor_and_tsc_deadline() {
-        let leaf = kvm_cpuid_entry2 { function: 1, edx: 1 << 28, ebx: 0x1234_0800, ..Default::default() };
-        let mut cpuid = CpuId::from_entries(&[leaf]).unwrap();
-        adapt_cpuid(&mut cpuid, 0, 1, true);
-        let leaf = cpuid.as_slice()[0];
-        assert_eq!(leaf.ecx >> 31, 1);
-        assert_eq!(leaf.ecx >> 24 & 1, 1);
-        assert_eq!(leaf.edx >> 28 & 1, 0);
-        assert_eq!(leaf.ebx, 0x0001_0800);
-        adapt_cpuid(&mut cpuid, 3, 4, false);
-        assert_eq!(cpuid.as_slice()[0].ebx, 0x0304_0800);
-    }
 }

@@ -17,15 +17,17 @@
 use std::any::Any;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{Active, DeviceError, Interrupt, Memory, VirtioDevice};
 use crate::event;
 use crate::reactor::{Poller, Readiness};
+use crate::snapshot::codec::{Reader, Refusal, Writer};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -283,7 +285,11 @@ impl Transport {
                     self.status |= status::FEATURES_OK;
                 }
             }
-            status::DRIVER_OK => self.activate(),
+            status::DRIVER_OK => {
+                self.activate();
+                // A driver that notified too early is heard all the same.
+                (0..self.kicks.len()).for_each(|queue| self.kick(queue));
+            }
             added => self.status |= added,
         }
     }
@@ -310,10 +316,6 @@ impl Transport {
         self.running = true;
         let result = self.device.activate(active);
         self.check(result);
-        // A driver that notified too early is heard all the same.
-        for queue in 0..self.kicks.len() {
-            self.kick(queue);
-        }
     }
 
     /// A descriptor of this device's poller is ready.
@@ -368,10 +370,178 @@ impl Transport {
         self.interrupt.acknowledge(u32::MAX);
     }
 
+    /// Makes the device finish what it has begun, before [`Transport::save`]. The machine must be paused.
+    pub fn quiesce(&mut self) -> Result<(), DeviceError> {
+        if self.running { self.device.quiesce() } else { Ok(()) }
+    }
+
+    /// The registers, queues and device. Nothing may be on its way: see [`Transport::quiesce`].
+    pub fn save(&mut self) -> TransportState {
+        let queues = match self.device.active() {
+            Some(active) if self.running => &active.queues,
+            _ => &self.queues,
+        };
+        let queues = queues.iter().map(Queue::state).collect();
+        TransportState {
+            device_type: self.device.device_type(),
+            running: self.running,
+            status: self.status,
+            interrupt_status: self.interrupt.status(),
+            driver_features: self.driver_features,
+            device_features_sel: self.device_features_sel,
+            driver_features_sel: self.driver_features_sel,
+            queue_sel: self.queue_sel,
+            queues,
+            device: if self.running { self.device.save() } else { Vec::new() },
+        }
+    }
+
+    /// Goes on where another machine's transport was saved; this one must be fresh. Everything in `state` may be a lie.
+    pub fn restore(&mut self, state: &TransportState) -> Result<(), RestoreError> {
+        let device_type = self.device.device_type();
+        if state.device_type != device_type {
+            return Err(RestoreError::Type { was: state.device_type, is: device_type });
+        }
+        if state.driver_features & !self.offered_features() != 0 {
+            return Err(RestoreError::Features(state.driver_features & !self.offered_features()));
+        }
+        let sizes = self.device.queue_sizes();
+        let sizes_fit = state.queues.len() == sizes.len()
+            && state.queues.iter().zip(sizes).all(|(queue, size)| queue.max_size == *size);
+        let queues: Result<Vec<_>, _> = state.queues.iter().map(|queue| Queue::try_from(*queue)).collect();
+        self.queues = queues.ok().filter(|_| sizes_fit).ok_or(RestoreError::Queues)?;
+        self.driver_features = state.driver_features;
+        self.device_features_sel = state.device_features_sel;
+        self.driver_features_sel = state.driver_features_sel;
+        self.queue_sel = state.queue_sel;
+        self.status = state.status;
+        if state.running {
+            let pending: Vec<bool> =
+                self.queues.iter().map(|queue| has_pending(queue, &self.memory)).collect();
+            self.activate();
+            if !self.running {
+                return Err(RestoreError::Queues);
+            }
+            self.device.restore(&state.device)?;
+            // A notification may have been on its way, too. Queues without descriptors are left alone: looking into them writes to
+            // memory that clones share.
+            (0..).zip(pending).filter(|(_, pending)| *pending).for_each(|(queue, _)| self.kick(queue));
+        }
+        // An interrupt may have been on its way when the machine was saved.
+        self.interrupt.raise_again(state.interrupt_status);
+        Ok(())
+    }
+
     #[cfg(test)]
     pub(crate) fn status(&self) -> u32 {
         self.status
     }
+}
+
+/// Whether the driver has made descriptors available that were not taken.
+fn has_pending(queue: &Queue, memory: &Memory) -> bool {
+    queue.ready()
+        && queue.avail_idx(memory, Ordering::Acquire).map_or(true, |index| index.0 != queue.next_avail())
+}
+
+/// A transport and its device, between two calls.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TransportState {
+    device_type: u32,
+    running: bool,
+    status: u32,
+    interrupt_status: u32,
+    driver_features: u64,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    queue_sel: u32,
+    queues: Vec<QueueState>,
+    device: Vec<u8>,
+}
+
+/// Why a device does not go on with a state.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// It is another device's.
+    #[error("the snapshot has a device of type {was} there, this machine one of type {is}")]
+    Type {
+        /// Saved.
+        was: u32,
+        /// Configured.
+        is: u32,
+    },
+    /// The driver uses features that are not offered.
+    #[error("its driver uses features {0:#x}, which it does not have here")]
+    Features(u64),
+    /// The queues cannot be those of a running device.
+    #[error("its queues make no sense")]
+    Queues,
+    /// The device refused.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// Most queues of a device.
+const MAX_QUEUES: usize = 16;
+
+impl TransportState {
+    /// Appends it to a state file.
+    pub fn write(&self, to: &mut Writer) {
+        to.u32(self.device_type);
+        to.u8(u8::from(self.running));
+        to.u32(self.status);
+        to.u32(self.interrupt_status);
+        to.u64(self.driver_features);
+        to.u32(self.device_features_sel);
+        to.u32(self.driver_features_sel);
+        to.u32(self.queue_sel);
+        to.u32(self.queues.len() as u32);
+        for queue in &self.queues {
+            to.u16(queue.max_size);
+            to.u16(queue.next_avail);
+            to.u16(queue.next_used);
+            to.u8(u8::from(queue.event_idx_enabled));
+            to.u16(queue.size);
+            to.u8(u8::from(queue.ready));
+            to.u64(queue.desc_table);
+            to.u64(queue.avail_ring);
+            to.u64(queue.used_ring);
+        }
+        to.blob(&self.device);
+    }
+
+    /// Reads what [`TransportState::write`] wrote.
+    pub fn read(from: &mut Reader<'_>) -> Result<Self, Refusal> {
+        Ok(Self {
+            device_type: from.u32()?,
+            running: from.bool()?,
+            status: from.u32()?,
+            interrupt_status: from.u32()?,
+            driver_features: from.u64()?,
+            device_features_sel: from.u32()?,
+            driver_features_sel: from.u32()?,
+            queue_sel: from.u32()?,
+            queues: {
+                let count = from.count(MAX_QUEUES)?;
+                (0..count).map(|_| read_queue(from)).collect::<Result<_, _>>()?
+            },
+            device: from.blob()?.to_vec(),
+        })
+    }
+}
+
+fn read_queue(from: &mut Reader<'_>) -> Result<QueueState, Refusal> {
+    Ok(QueueState {
+        max_size: from.u16()?,
+        next_avail: from.u16()?,
+        next_used: from.u16()?,
+        event_idx_enabled: from.bool()?,
+        size: from.u16()?,
+        ready: from.bool()?,
+        desc_table: from.u64()?,
+        avail_ring: from.u64()?,
+        used_ring: from.u64()?,
+    })
 }
 
 fn fresh_queues(device: &dyn VirtioDevice) -> Result<Vec<Queue>, virtio_queue::Error> {

@@ -245,6 +245,13 @@ impl Interrupt {
         let _ = self.line.write(1);
     }
 
+    /// After a restore: sets InterruptStatus, and interrupts once if anything is in it.
+    pub fn raise_again(&self, status: u32) {
+        if status != 0 {
+            self.signal(status);
+        }
+    }
+
     /// The eventfd to register as irqfd.
     pub fn line(&self) -> &EventFd {
         &self.line
