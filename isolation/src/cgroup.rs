@@ -57,6 +57,11 @@ impl Cgroups {
         Cgroup { path: self.slivers.join(slice.as_str()) }
     }
 
+    /// The group of the machine that templates are made of. No slice's name lacks an underscore.
+    pub fn template(&self) -> Cgroup {
+        Cgroup { path: self.slivers.join("template") }
+    }
+
     /// The groups that exist, by name.
     ///
     /// # Errors

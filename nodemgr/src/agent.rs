@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use commonage_isolation_api::{Interval, Limits, Link, Ports, Privilege, Rspec};
 use commonage_nodemgr_api::Bytes;
-use commonage_nodemgr_api::http::{File, SliverConfig};
+use commonage_nodemgr_api::http::{File, RestartPolicy, SliverConfig};
 use jiff::Timestamp;
 
 use crate::manager::Settings;
@@ -51,6 +51,7 @@ pub fn sliver() -> (Rspec, SliverConfig) {
         ssh_keys: Vec::new(),
         boot_script: BOOT_SCRIPT.to_owned(),
         files: Vec::new(),
+        restart: RestartPolicy::Always,
     };
     (rspec, config)
 }

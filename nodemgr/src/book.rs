@@ -73,6 +73,9 @@ pub struct SliverRecord {
     /// Its deletion has begun and must be finished, also by the next node manager.
     #[serde(default)]
     pub deleting: bool,
+    /// Why its machine ended, if it is to stay so.
+    #[serde(default)]
+    pub stopped: Option<String>,
 }
 
 /// A change to the book, to be made durable first.
@@ -291,7 +294,7 @@ impl Book {
             )
             .hint("a base is fixed once bound: delete the sliver and bind a new one"));
         }
-        let record = SliverRecord { config, ..record.clone() };
+        let record = SliverRecord { config, stopped: None, ..record.clone() };
         Ok((vec![Change::PutSliver(record.clone())], record))
     }
 
@@ -306,27 +309,39 @@ impl Book {
         })
     }
 
-    /// Begins the deletion of a sliver that `caller` bound.
+    /// Begins the deletion of a sliver that `caller` bound; tells its user id.
     ///
     /// # Errors
     /// It did not, or the node itself keeps it.
-    pub fn delete(&self, caller: &SliceName, slice: &SliceName) -> Decision<()> {
-        self.bound_by(caller, slice)?;
+    pub fn delete(&self, caller: &SliceName, slice: &SliceName) -> Decision<u32> {
+        let uid = self.bound_by(caller, slice)?.uid;
         if slice.as_str() == AGENT {
             return Err(kept_by_node());
         }
-        Ok((self.condemn(slice), ()))
+        Ok((self.condemn(slice, uid), uid))
     }
 
-    /// Marks a sliver as being deleted.
-    pub fn condemn(&self, slice: &SliceName) -> Vec<Change> {
-        let record = self.slivers.get(slice).cloned();
-        record.into_iter().map(|r| Change::PutSliver(SliverRecord { deleting: true, ..r })).collect()
+    /// Marks a sliver as being deleted. A later one of the same slice has another `uid`, and stays.
+    pub fn condemn(&self, slice: &SliceName, uid: u32) -> Vec<Change> {
+        self.amend(slice, uid, |record| record.deleting = true)
+    }
+
+    /// Notes that a sliver's machine ended and is not to be started again.
+    pub fn stop(&self, slice: &SliceName, uid: u32, reason: String) -> Vec<Change> {
+        self.amend(slice, uid, |record| record.stopped = Some(reason))
+    }
+
+    fn amend(&self, slice: &SliceName, uid: u32, amend: impl FnOnce(&mut SliverRecord)) -> Vec<Change> {
+        let Some(mut record) = self.slivers.get(slice).filter(|r| r.uid == uid).cloned() else {
+            return Vec::new();
+        };
+        amend(&mut record);
+        vec![Change::PutSliver(record)]
     }
 
     /// Forgets a sliver of which nothing is left, and its right.
-    pub fn forget(&self, slice: &SliceName) -> Vec<Change> {
-        match self.slivers.get(slice) {
+    pub fn forget(&self, slice: &SliceName, uid: u32) -> Vec<Change> {
+        match self.slivers.get(slice).filter(|r| r.uid == uid) {
             Some(record) => {
                 vec![Change::RemoveSliver(slice.clone()), Change::RemoveGrant(record.rcap.clone())]
             }
@@ -362,7 +377,7 @@ impl Book {
             let rspec =
                 Rspec { interval: rspec.interval, privileges: rspec.privileges, ..grant.rspec.clone() };
             let grant = Grant { rspec, ..grant.clone() };
-            let record = SliverRecord { config, deleting: false, ..record.clone() };
+            let record = SliverRecord { config, deleting: false, stopped: None, ..record.clone() };
             return Ok((vec![Change::PutGrant(grant), Change::PutSliver(record)], ()));
         }
         let holders = self.holders(|_| true);
@@ -395,7 +410,15 @@ impl Book {
         let next = uid
             .checked_add(1)
             .ok_or_else(|| ApiError::new(Code::OverCapacity, "this node has used all user ids"))?;
-        let record = SliverRecord { slice, rcap: grant.rcap.clone(), uid, bound_by, config, deleting: false };
+        let record = SliverRecord {
+            slice,
+            rcap: grant.rcap.clone(),
+            uid,
+            bound_by,
+            config,
+            deleting: false,
+            stopped: None,
+        };
         let changes = vec![Change::PutGrant(grant), Change::PutSliver(record.clone()), Change::NextUid(next)];
         Ok((changes, record))
     }

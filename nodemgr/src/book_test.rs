@@ -72,8 +72,13 @@ fn uids_are_never_used_again() {
     let mut seen = BTreeSet::from([FIRST_UID]);
     for _ in 0..5 {
         let right = acquire(&mut book, rspec(0, 100));
-        assert!(seen.insert(bind(&mut book, "a_b", &right.rcap).uid));
-        let changes = book.forget(&slice("a_b"));
+        let uid = bind(&mut book, "a_b", &right.rcap).uid;
+        assert!(seen.insert(uid));
+        // What was decided about an earlier sliver of the slice does not touch this one.
+        for stale in [book.forget(&slice("a_b"), uid - 1), book.condemn(&slice("a_b"), uid - 1)] {
+            assert_eq!(stale, []);
+        }
+        let changes = book.forget(&slice("a_b"), uid);
         book.apply(changes);
         assert_eq!(book.get(&right.rcap).unwrap_err().code, Code::NotFound);
     }
@@ -163,7 +168,10 @@ proptest! {
                 Verb::Bind { right: i, name: n } => book.bind(&agent, name(n), &right(i), config(), at(0)).map(|d| d.0),
                 Verb::Renew { right: i, end } => book.renew(&agent, &right(i), at(end), None, at(0)).map(|d| d.0),
                 Verb::Release { right: i } => book.release(&right(i)).map(|d| d.0),
-                Verb::Forget { name: n } => Ok(book.forget(&name(n))),
+                Verb::Forget { name: n } => {
+                    let uid = book.sliver(&name(n)).map_or(0, |record| record.uid);
+                    Ok(book.forget(&name(n), uid))
+                }
             };
             book.apply(decided.unwrap_or_default());
             for t in 0..130 {
@@ -181,4 +189,18 @@ proptest! {
             prop_assert_eq!(bound, book.slivers.len());
         }
     }
+}
+
+#[test]
+fn a_sliver_that_stopped_stays_so_until_it_is_configured() {
+    let mut book = book();
+    let right = acquire(&mut book, rspec(0, 100));
+    let uid = bind(&mut book, "a_b", &right.rcap).uid;
+    let name = slice("a_b");
+    let changes = book.stop(&name, uid, "the guest halted".into());
+    book.apply(changes);
+    assert_eq!(book.sliver(&name).unwrap().stopped.as_deref(), Some("the guest halted"));
+    let (changes, record) = book.configure(&slice(AGENT), &name, config()).unwrap();
+    book.apply(changes);
+    assert_eq!((record.stopped, &book.sliver(&name).unwrap().stopped), (None, &None));
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use commonage_isolation::{Capacity, PortRange};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::error::Error;
 
@@ -41,6 +42,19 @@ pub fn of_machine(state: &Path, said: Said, link_bps: u64, ports: PortRange) -> 
         None => pids()?.saturating_sub(RESERVE_PIDS),
     };
     Ok(Capacity { memory_mib, disk_mib, link_bps, pids, ports })
+}
+
+/// Lets this process have as many descriptors as the kernel allows at all: each sliver takes about ten.
+pub fn raise_descriptors() {
+    let path = Path::new("/proc/sys/fs/nr_open");
+    let most = fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok());
+    // Without the privilege to raise it, what the process was given.
+    let given = getrlimit(Resource::Nofile).maximum;
+    let tried =
+        [most, given].into_iter().map(|n| setrlimit(Resource::Nofile, Rlimit { current: n, maximum: n }));
+    if tried.fold(true, |failed, result| failed && result.is_err()) {
+        tracing::warn!("cannot raise the number of open files: with many slivers there may be too few");
+    }
 }
 
 fn memory_mib() -> Result<u64, Error> {

@@ -41,6 +41,7 @@ fn what_is_committed_is_loaded() {
         bound_by: "plc_agent".parse().unwrap(),
         config: SliverConfig { base: "mini".into(), ..SliverConfig::default() },
         deleting: true,
+        stopped: Some("the guest halted".into()),
     };
     let all = [Change::PutGrant(kept), Change::PutSliver(sliver), Change::NextUid(100_001)];
     {

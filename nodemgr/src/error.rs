@@ -60,6 +60,14 @@ pub enum Error {
         /// What happened.
         message: String,
     },
+    /// A template.
+    #[error("template {key}: {message}")]
+    Template {
+        /// Which.
+        key: String,
+        /// What happened.
+        message: String,
+    },
     /// The machine's facts.
     #[error("cannot tell how much {what} this node has ({}); say it with --{flag}", path.display())]
     Fact {

@@ -7,8 +7,8 @@
 //! - [`db`]: the book on disk.
 //! - [`manager`]: the book, the disk and the slivers together; every call goes through it.
 //! - [`api`]: HTTP for slivers. [`ssh`]: the front door for people, with [`directory`] and [`exec`].
-//! - [`sliver`]: one task a sliver, which owns its machine.
-//! - [`demux`], [`host`], [`capacity`]: the rest of the node. [`agent`]: the sliver the node keeps for PLC.
+//! - [`sliver`]: one task a sliver, which owns its machine. [`template`]: what most machines are clones of. [`restart`]: after their end.
+//! - [`demux`], [`host`], [`capacity`], [`log`]: the rest of the node. [`agent`]: the sliver the node keeps for PLC.
 #![deny(unsafe_code)]
 
 pub mod agent;
@@ -22,6 +22,9 @@ pub mod directory;
 pub mod error;
 pub mod exec;
 pub mod host;
+pub mod log;
 pub mod manager;
+pub mod restart;
 pub mod sliver;
 pub mod ssh;
+pub mod template;

@@ -1,10 +1,10 @@
 //! `nodemgr`: the node manager's process. Reads the command line, puts the parts together, waits for signals.
 //!
 //! Signals: **SIGTERM** ends the node manager and leaves every sliver running, for the next node manager to take over (an upgrade, a
-//! crash's twin). **SIGINT** first shuts all slivers down gracefully (the node is going down), then ends. SIGKILL is like SIGTERM.
+//! crash's twin). **SIGINT** first saves all slivers, or shuts down gracefully those that cannot be saved (the node is going down), then ends.
+//! SIGKILL is like SIGTERM.
 #![forbid(unsafe_code)]
 
-use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -13,16 +13,15 @@ use clap::Parser;
 use commonage_isolation::cgroup::Cgroups;
 use commonage_isolation::{Capacity, PortRange};
 use commonage_nodemgr::capacity::{self, Said};
-use commonage_nodemgr::host;
 use commonage_nodemgr::manager::{Manager, Settings};
 use commonage_nodemgr::ssh::{self, HostKey};
+use commonage_nodemgr::{host, log};
 use commonage_plc_api::boot::NodeConfig;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The node manager: creates slivers and binds resources, called only from slivers on this node.
 ///
-/// SIGTERM ends it and leaves all slivers running; SIGINT shuts all slivers down first.
+/// SIGTERM ends it and leaves all slivers running; SIGINT saves all slivers first, or shuts them down.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
@@ -47,6 +46,9 @@ struct Args {
     /// Makes slivers' file systems.
     #[arg(long, default_value = "/sbin/mke2fs")]
     mke2fs: PathBuf,
+    /// Boot every sliver, where most would be clones of a template
+    #[arg(long)]
+    no_templates: bool,
     /// Where cgroup2 is mounted.
     #[arg(long, default_value = "/sys/fs/cgroup")]
     cgroup_root: PathBuf,
@@ -75,8 +77,8 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    log();
-    raise_descriptors();
+    log::start()?;
+    capacity::raise_descriptors();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(run(args))
 }
@@ -108,6 +110,8 @@ async fn run(args: Args) -> Result<()> {
         vmm: args.vmm,
         mke2fs: args.mke2fs,
         ssh_host_key: host_key.public_openssh(),
+        templates: !args.no_templates,
+        prefault: true,
     };
     let manager = Manager::open(settings, capacity, Some(cgroups), host)?;
     manager.start().await;
@@ -120,46 +124,13 @@ async fn run(args: Args) -> Result<()> {
     tokio::select! {
         _ = terminate.recv() => tracing::info!("SIGTERM: ending; slivers go on"),
         _ = interrupt.recv() => {
-            tracing::info!("SIGINT: shutting all slivers down");
+            tracing::info!("SIGINT: saving all slivers");
             manager.power_off().await;
             tracing::info!("all slivers are down");
         }
         ended = &mut ssh => ended.context("the SSH front door's task ended")?.context("the SSH front door closed")?,
     }
+    log::flush();
     // Not waiting for tasks that are in the middle of something: every answer that was given is on the disk.
     std::process::exit(0)
-}
-
-/// Each sliver takes about ten descriptors.
-fn raise_descriptors() {
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
-        tracing::warn!("cannot raise the number of open files: {e}");
-    }
-}
-
-fn log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter.unwrap_or_else(|_| "info,russh=warn".into()))
-        .with_target(false)
-        .with_ansi(false)
-        .without_time()
-        .with_writer(|| Prefixed)
-        .init();
-}
-
-/// Standard error, each event led by the program's name: several programs share a node's console.
-struct Prefixed;
-
-impl Write for Prefixed {
-    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
-        // One write an event, so that lines of several programs do not mix.
-        io::stderr().write_all(&[b"nodemgr: ", event].concat())?;
-        Ok(event.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
-    }
 }

@@ -15,10 +15,11 @@ use commonage_isolation_api::{NodeId, Rcap, SliceName};
 use commonage_net_demux_api::control::SliverId;
 use commonage_nodemgr_api::error::{ApiError, Code};
 use commonage_nodemgr_api::http::{
-    self, Acquire, Acquired, Bind, Network, Node, Renew, Sliver, SliverConfig, SliverState,
+    self, Acquire, Acquired, Bind, Metrics, Network, Node, Renew, Sliver, SliverConfig, SliverState,
 };
 use jiff::{SignedDuration, Timestamp};
 use tokio::sync::{Notify, Semaphore, watch};
+use tokio::time::Instant;
 
 use crate::book::{Book, Decision};
 use crate::db::Db;
@@ -26,14 +27,17 @@ use crate::demux::Demux;
 use crate::directory::{Directory, Login};
 use crate::error::Error;
 use crate::host::Host;
-use crate::sliver::{self, Paths};
+use crate::sliver::{self, Blanks, Machine, Paths};
+use crate::template::Templates;
 use crate::{agent, config};
 
 /// How long a caller waits for a deletion, which goes on if it takes longer.
 const DELETE_WAIT: Duration = Duration::from_secs(60);
+/// How long a planned end of the node may take: a little less than node-init's patience.
+const POWER_OFF: Duration = Duration::from_secs(55);
 /// Longest sleep of a timer: the wall clock may be set meanwhile.
 const TIMER_MAX: Duration = Duration::from_secs(60);
-/// Machines that are prepared at the same time.
+/// Machines that are started at the same time, however few processors the node has.
 const STARTS_AT_ONCE: usize = 2;
 
 /// What does not change while the node manager runs.
@@ -57,6 +61,30 @@ pub struct Settings {
     pub mke2fs: PathBuf,
     /// The SSH front door's host key, an OpenSSH public key.
     pub ssh_host_key: String,
+    /// Whether slivers are clones of templates; each boots otherwise.
+    pub templates: bool,
+    /// Whether a clone copies at once the pages that the first clone of its template wrote until it was ready.
+    pub prefault: bool,
+}
+
+#[cfg(test)]
+impl Settings {
+    /// Of a node that has all its files in `dir`, and no programs.
+    pub fn for_tests(dir: &std::path::Path) -> Self {
+        Self {
+            node: "3f0e4a52-0000-4000-8000-000000000001".parse().unwrap(),
+            state: dir.into(),
+            images: dir.into(),
+            run: dir.into(),
+            lib: dir.join("lib"),
+            node_config: dir.join("node.json"),
+            vmm: dir.join("no-such-program"),
+            mke2fs: dir.join("no-such-program"),
+            ssh_host_key: "ssh-ed25519 AAAA".into(),
+            templates: true,
+            prefault: true,
+        }
+    }
 }
 
 /// The node manager.
@@ -70,8 +98,14 @@ pub struct Manager {
     pub demux: Demux,
     /// Control groups; none in tests that start no machine.
     pub cgroups: Option<Cgroups>,
-    /// Taken while a machine is prepared.
-    pub starts: Semaphore,
+    /// What slivers are clones of.
+    pub templates: Templates,
+    /// What slivers' disks are copies of.
+    pub blanks: Blanks,
+    /// Taken from a machine's start until its guest knows who it is.
+    pub starts: Arc<Semaphore>,
+    /// Taken while a sliver is saved.
+    pub saves: tokio::sync::Mutex<()>,
     book: Mutex<Book>,
     slivers: Mutex<HashMap<SliceName, sliver::Handle>>,
     db: Arc<Db>,
@@ -95,12 +129,18 @@ impl Manager {
         book.apply(db.load()?);
         let living = book.slivers().map(|s| SliverId(s.uid)).collect();
         let demux = Demux::start(settings.run.join("net-demux.sock"), host.clone(), living);
+        let templates = Templates::open(&settings.run, settings.prefault);
+        let blanks = Blanks::new(settings.run.join("scratch"), settings.mke2fs.clone());
+        let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Ok(Arc::new(Self {
             settings,
             host,
             demux,
             cgroups,
-            starts: Semaphore::new(STARTS_AT_ONCE),
+            templates,
+            blanks,
+            starts: Arc::new(Semaphore::new(STARTS_AT_ONCE.max(processors))),
+            saves: tokio::sync::Mutex::default(),
             book: Mutex::new(book),
             slivers: Mutex::default(),
             db: Arc::new(db),
@@ -118,7 +158,7 @@ impl Manager {
         sliver::sweep(self).await;
         let slices: Vec<SliceName> = self.book().slivers().map(|s| s.slice.clone()).collect();
         for slice in slices {
-            self.spawn(slice);
+            self.spawn(slice, false);
         }
         tokio::spawn(Self::lapse(Arc::downgrade(self)));
     }
@@ -185,7 +225,7 @@ impl Manager {
                 move |book: &Book| book.bind(&caller, ask.slice, &ask.rcap, ask.config, Timestamp::now());
             let record = this.change(decide).await?;
             tracing::info!("{}: bound by {} as uid {}", record.slice, record.bound_by, record.uid);
-            this.spawn(record.slice.clone());
+            this.spawn(record.slice.clone(), true);
             this.view(&record.slice)
         };
         tokio::spawn(task).await.map_err(|e| ApiError::from(Error::from(e)))?
@@ -236,8 +276,8 @@ impl Manager {
     /// See [`Book::delete`]; or it takes long.
     pub async fn delete(self: &Arc<Self>, caller: &SliceName, slice: SliceName) -> Result<(), ApiError> {
         let (caller, name) = (caller.clone(), slice.clone());
-        self.change(move |book| book.delete(&caller, &name)).await?;
-        let Some(gone) = self.tell_to_delete(&slice) else { return Ok(()) };
+        let uid = self.change(move |book| book.delete(&caller, &name)).await?;
+        let Some(gone) = self.tell_to_delete(&slice, uid) else { return Ok(()) };
         match tokio::time::timeout(DELETE_WAIT, gone).await {
             // The sender is dropped with the sliver's task, which ends when nothing is left.
             Ok(_) => Ok(()),
@@ -319,6 +359,20 @@ impl Manager {
         Ok(Network { tx_frames, tx_bytes, rx_frames, rx_bytes, drops: s.drops })
     }
 
+    /// What the machine of a sliver that `caller` bound, or is, has done and takes.
+    ///
+    /// # Errors
+    /// It did not, or no machine answers.
+    pub async fn metrics(&self, caller: &SliceName, slice: &SliceName) -> Result<Metrics, ApiError> {
+        if caller != slice {
+            self.book().bound_by(caller, slice)?;
+        }
+        Machine::metrics(&self.paths(slice).control()).await.map_err(|e| {
+            ApiError::new(Code::Unavailable, format!("the machine of {slice} does not answer: {e}"))
+                .hint("GET /v1/slivers says how far the sliver is; try again")
+        })
+    }
+
     /// Bases the node has: `base-NAME.erofs` on the image partition.
     pub fn bases(&self) -> Vec<String> {
         let names = std::fs::read_dir(&self.settings.images).into_iter().flatten().flatten();
@@ -343,12 +397,13 @@ impl Manager {
         lock(&self.slivers).get(slice).map(|h| h.status.clone())
     }
 
-    /// Asks every sliver to shut down and waits until all have. Their records stay: they start again with the node.
+    /// Saves every sliver, or shuts it down where that cannot be, and waits until all are gone. Their records stay: they go on with the node.
     pub async fn power_off(&self) {
+        let deadline = Instant::now() + POWER_OFF;
         let handles: Vec<_> = lock(&self.slivers).drain().map(|(_, handle)| handle).collect();
         let mut ends = tokio::task::JoinSet::new();
         for handle in handles {
-            ends.spawn(handle.power_off());
+            ends.spawn(handle.power_off(deadline));
         }
         ends.join_all().await;
     }
@@ -356,7 +411,7 @@ impl Manager {
     /// Called by a sliver's task as its last act.
     pub(crate) async fn forget(self: &Arc<Self>, slice: &SliceName, uid: u32) -> Result<(), ApiError> {
         let name = slice.clone();
-        self.change(move |book| Ok((book.forget(&name), ()))).await?;
+        self.change(move |book| Ok((book.forget(&name, uid), ()))).await?;
         // The slice may be bound again already: that sliver has another uid.
         let mut slivers = lock(&self.slivers);
         if slivers.get(slice).is_some_and(|handle| handle.uid == uid) {
@@ -365,9 +420,9 @@ impl Manager {
         Ok(())
     }
 
-    fn spawn(self: &Arc<Self>, slice: SliceName) {
+    fn spawn(self: &Arc<Self>, slice: SliceName, new: bool) {
         let Some(uid) = self.book().sliver(&slice).map(|s| s.uid) else { return };
-        let handle = sliver::spawn(Arc::clone(self), slice.clone(), uid);
+        let handle = sliver::spawn(Arc::clone(self), slice.clone(), uid, new);
         lock(&self.slivers).insert(slice, handle);
     }
 
@@ -377,9 +432,13 @@ impl Manager {
         }
     }
 
-    fn tell_to_delete(&self, slice: &SliceName) -> Option<tokio::sync::oneshot::Receiver<()>> {
+    /// The one that was decided about: a later sliver of the same slice has another uid.
+    fn tell_to_delete(&self, slice: &SliceName, uid: u32) -> Option<tokio::sync::oneshot::Receiver<()>> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
-        lock(&self.slivers).get(slice)?.tell(sliver::Command::Delete(sender));
+        lock(&self.slivers)
+            .get(slice)
+            .filter(|handle| handle.uid == uid)?
+            .tell(sliver::Command::Delete(sender));
         Some(receiver)
     }
 
@@ -391,6 +450,7 @@ impl Manager {
                 let (changes, next) = book.lapsed(Timestamp::now());
                 Ok((changes, next))
             });
+            this.templates.tidy(&this);
             let next = forgotten.await.inspect_err(|e| tracing::error!("{e}")).ok().flatten();
             let left = next.map_or(TIMER_MAX, |t| until(t).min(TIMER_MAX));
             tokio::select! {

@@ -14,6 +14,7 @@
 //! | `PUT /v1/slivers/{slice}/config` | who bound it | [`SliverConfig`] → [`Sliver`] |
 //! | `DELETE /v1/slivers/{slice}` | who bound it | → `{}`; machine, ports, memory, disk and rcap are gone |
 //! | `POST /v1/slivers/{slice}/exec` | who bound it | [`Exec`] → [`ExecResult`] |
+//! | `GET /v1/slivers/{slice}/metrics` | who bound it, and itself | → [`Metrics`]: what its machine has done and takes |
 //! | `GET /v1/node` | anyone | → [`Node`] |
 //! | `GET /v1/network` | anyone: its own traffic | → [`Network`] |
 
@@ -22,6 +23,7 @@ use std::net::Ipv4Addr;
 
 pub use commonage_isolation_api::PortGrant;
 use commonage_isolation_api::{NodeId, Rcap, Rspec, SliceName};
+pub use commonage_vmm_api::Metrics;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -80,6 +82,29 @@ pub struct SliverConfig {
     /// Files laid before the boot script runs.
     #[serde(default)]
     pub files: Vec<File>,
+    /// Whether its machine is started again when it ends.
+    #[serde(default, skip_serializing_if = "RestartPolicy::is_default")]
+    pub restart: RestartPolicy,
+}
+
+/// Whether a sliver's machine is started again when it ends by itself: after a wait of 1 s to a minute, which grows while it lives shortly.
+/// Without regard to this it starts with its node, and when it is configured anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// However it ended.
+    #[default]
+    Always,
+    /// When it failed (panic, triple fault, killed) or rebooted; not when it halted or powered itself off.
+    OnFailure,
+    /// Not at all, not even when it rebooted.
+    Never,
+}
+
+impl RestartPolicy {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// A file to lay in a sliver.
@@ -129,6 +154,11 @@ pub enum SliverState {
     },
     /// Its machine ended and will be started again.
     Failed {
+        /// What happened, with the last console lines.
+        reason: String,
+    },
+    /// Its machine ended and stays so, as its configuration's `restart` wants, until it is configured anew or deleted.
+    Stopped {
         /// What happened, with the last console lines.
         reason: String,
     },

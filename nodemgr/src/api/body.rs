@@ -111,7 +111,8 @@ pub async fn no_such_call(request: Request) -> Response {
     let shown: String = request.uri().path().chars().take(80).collect();
     let e = ApiError::new(Code::NotFound, format!("there is no call {} {shown}", request.method()))
         .hint("the calls are: POST /v1/acquire, /v1/bind, /v1/release, /v1/renew; GET /v1/rcaps, /v1/rcaps/{rcap}, /v1/slivers, \
-               /v1/node, /v1/network; PUT /v1/slivers/{slice}/config; DELETE /v1/slivers/{slice}; POST /v1/slivers/{slice}/exec");
+               /v1/node, /v1/network; PUT /v1/slivers/{slice}/config; DELETE /v1/slivers/{slice}; POST /v1/slivers/{slice}/exec; \
+               GET /v1/slivers/{slice}/metrics");
     let mut response = Failure(e).into_response();
     // Its body was not read: the connection cannot be used again.
     response.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));

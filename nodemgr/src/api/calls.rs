@@ -8,7 +8,7 @@ use axum::{Json, Router};
 use commonage_isolation_api::{Rcap, SliceName};
 use commonage_nodemgr_api::error::ApiError;
 use commonage_nodemgr_api::http::{
-    Acquire, Acquired, Bind, Exec, ExecResult, Network, Node, Release, Renew, Sliver, SliverConfig,
+    Acquire, Acquired, Bind, Exec, ExecResult, Metrics, Network, Node, Release, Renew, Sliver, SliverConfig,
 };
 use serde::Serialize;
 
@@ -42,6 +42,7 @@ pub fn router(manager: Arc<Manager>, caller: SliceName) -> Router {
         .route("/v1/slivers/{slice}", delete(remove))
         .route("/v1/slivers/{slice}/config", put(configure))
         .route("/v1/slivers/{slice}/exec", post(exec))
+        .route("/v1/slivers/{slice}/metrics", get(metrics))
         .route("/v1/node", get(node))
         .route("/v1/network", get(network))
         .fallback(no_such_call)
@@ -98,6 +99,10 @@ async fn exec(
     JsonBody(ask): JsonBody<Exec>,
 ) -> Answer<ExecResult> {
     answer(run::run(&api.manager, &api.caller, &slice, ask).await)
+}
+
+async fn metrics(State(api): State<Api>, Param(slice): Param<SliceName>) -> Answer<Metrics> {
+    answer(api.manager.metrics(&api.caller, &slice).await)
 }
 
 async fn node(State(api): State<Api>) -> Json<Node> {

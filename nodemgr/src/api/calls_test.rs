@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::*;
@@ -37,18 +37,7 @@ impl Node {
     }
 
     fn manager(dir: &tempfile::TempDir) -> Arc<Manager> {
-        let at = |name: &str| dir.path().join(name);
-        let settings = Settings {
-            node: "3f0e4a52-0000-4000-8000-000000000001".parse().unwrap(),
-            state: dir.path().into(),
-            images: dir.path().into(),
-            run: dir.path().into(),
-            lib: at("lib"),
-            node_config: at("node.json"),
-            vmm: at("no-such-program"),
-            mke2fs: at("no-such-program"),
-            ssh_host_key: "ssh-ed25519 AAAA".into(),
-        };
+        let settings = Settings::for_tests(dir.path());
         let capacity = Capacity {
             memory_mib: 1024,
             disk_mib: 8192,
@@ -64,8 +53,12 @@ impl Node {
         let path = self.dir.path().join(format!("{slice}.sock"));
         if !path.exists() {
             let listener = UnixListener::bind(&path).unwrap();
-            let server = crate::api::serve(listener, Arc::clone(&self.manager), slice.parse().unwrap());
-            self.servers.lock().unwrap().spawn(server);
+            let (sender, calls) = mpsc::channel(1);
+            let server = crate::api::serve(calls, Arc::clone(&self.manager), slice.parse().unwrap());
+            let mut servers = self.servers.lock().unwrap();
+            servers.spawn(server);
+            servers
+                .spawn(async move { while sender.send(listener.accept().await.unwrap().0).await.is_ok() {} });
         }
         path
     }

@@ -7,8 +7,8 @@ use commonage_isolation_api::SliceName;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::net::UnixListener;
-use tokio::sync::Semaphore;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 use super::calls;
@@ -23,22 +23,19 @@ const CONNECTION_WAIT: Duration = Duration::from_secs(360);
 /// Longest request head, bytes.
 const MAX_HEAD: usize = 16 * 1024;
 
-/// Serves `caller` until dropped, which also closes its connections.
-pub async fn serve(listener: UnixListener, manager: Arc<Manager>, caller: SliceName) {
-    let router = calls::router(manager, caller.clone());
+/// Serves the connections that `caller` makes until dropped, which also closes them, or until no more can come.
+pub async fn serve<S>(mut calls: mpsc::Receiver<S>, manager: Arc<Manager>, caller: SliceName)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    // Most slivers never call: what a call needs is made at the first.
+    let mut router = None;
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(e) => {
-                // Out of descriptors, most likely: they come back.
-                tracing::warn!("{caller}: cannot accept a call: {e}");
-                tokio::time::sleep(Duration::from_millis(200)).await;
-                continue;
-            }
-        };
+        let Some(stream) = calls.recv().await else { return };
+        let router = router.get_or_insert_with(|| calls::router(Arc::clone(&manager), caller.clone()));
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_WAIT)

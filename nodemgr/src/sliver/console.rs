@@ -1,6 +1,6 @@
 //! The last lines of a guest's console, for people who want to know why it ended.
 //!
-//! The file lies in the sliver's own directory: it may be anything, so only a regular file is read, and only its end.
+//! What is in it is the guest's: only its end is read, and shown without control characters.
 
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
@@ -33,7 +33,8 @@ fn read_tail(path: &Path) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-fn last_lines(bytes: &[u8]) -> String {
+/// The last lines of what a console said.
+pub fn last_lines(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let clean = |line: &str| line.chars().filter(|c| !c.is_control()).take(WIDTH).collect::<String>();
     let lines: Vec<String> = text.lines().map(clean).filter(|l| !l.trim().is_empty()).collect();

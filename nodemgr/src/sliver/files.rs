@@ -1,84 +1,83 @@
-//! A sliver's directory, sockets and machine description, and the sweeping away of what no sliver owns.
+//! A sliver's directory and machine description, and the sweeping away of what no sliver owns.
+//!
+//! The directories are the host's alone: a machine opens what it needs there before it gives up its privileges, and is handed everything else.
 
 use std::fs::{self, OpenOptions, Permissions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _, chown};
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use commonage_isolation_api::{Rspec, SliceName};
-use commonage_vmm_api::{MachineConfig, NetConfig, VsockConfig};
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
-use tokio::net::UnixListener;
+use commonage_isolation_api::SliceName;
+use commonage_vmm_api::{DiskConfig, JailConfig, MachineConfig, NetConfig, Start, VsockConfig};
 
 use super::Paths;
 use crate::error::Error;
 use crate::manager::{Manager, Settings};
+use crate::template::Shape;
 
 /// The guest's vsock context id: each sliver has a vsock of its own, so all have the same.
 const CID: u32 = 3;
 
-/// Makes the sliver's directory anew. No process of its user may live.
-pub fn make_dir(paths: &Paths, uid: u32) -> Result<(), Error> {
-    remove_tree(&paths.dir)?;
-    if let Some(parent) = paths.dir.parent() {
+/// Makes a machine's directory anew. The machine that used it must be gone.
+pub fn make_dir(dir: &Path) -> Result<(), Error> {
+    remove_tree(dir)?;
+    if let Some(parent) = dir.parent() {
         fs::create_dir_all(parent).map_err(Error::io("make", parent))?;
-        fs::set_permissions(parent, Permissions::from_mode(0o711)).map_err(Error::io("protect", parent))?;
+        fs::set_permissions(parent, Permissions::from_mode(0o700)).map_err(Error::io("protect", parent))?;
     }
-    fs::DirBuilder::new().mode(0o700).create(&paths.dir).map_err(Error::io("make", &paths.dir))?;
-    chown(&paths.dir, Some(uid), Some(uid)).map_err(Error::io("give away", &paths.dir))
+    fs::DirBuilder::new().mode(0o700).create(dir).map_err(Error::io("make", dir))
 }
 
-/// Listens for the guest's connections to a port of the host. An old socket is replaced.
-pub fn listen(path: &Path, uid: u32) -> Result<UnixListener, Error> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(Error::io("remove", path)(e)),
-        _ => {}
-    }
-    // bind never follows a link laid here meanwhile: it fails.
-    let listener = UnixListener::bind(path).map_err(Error::io("listen at", path))?;
-    // The directory is closed to all but the sliver's user, so the socket's own mode matters to that user only.
-    give_away(path, uid).map_err(Error::io("give away", path))?;
-    Ok(listener)
+/// How a guest is started at its kernel's entry.
+pub fn boot(settings: &Settings) -> Start {
+    Start::Boot { kernel: kernel(settings), initrd: Some(initrd(settings)), cmdline: String::new() }
 }
 
-/// Gives a socket that was just made to the sliver's user. That user owns the directory, so what is there by now may be a link to something of
-/// the host's: what is given away is what was looked at, a socket with one name.
-fn give_away(path: &Path, uid: u32) -> io::Result<()> {
-    let socket = rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-    let stat = rustix::fs::fstat(&socket)?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::Socket || stat.st_nlink != 1 {
-        return Err(io::Error::other("something else was laid there"));
-    }
-    let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
-    Ok(rustix::fs::chownat(&socket, "", Some(user), Some(group), AtFlags::EMPTY_PATH)?)
+/// The slivers' kernel.
+pub fn kernel(settings: &Settings) -> PathBuf {
+    settings.lib.join("vmlinux")
 }
 
-/// Writes the machine's description.
-pub fn write_machine(
+/// Their initrd.
+pub fn initrd(settings: &Settings) -> PathBuf {
+    settings.lib.join("sliver-initrd")
+}
+
+/// A base's image.
+pub fn base(settings: &Settings, name: &str) -> PathBuf {
+    settings.images.join(format!("base-{name}.erofs"))
+}
+
+/// A machine's description: every sliver, and every template, has these devices.
+pub fn machine(
     settings: &Settings,
     paths: &Paths,
+    shape: &Shape,
     uid: u32,
-    base: &str,
-    rspec: &Rspec,
-) -> Result<(), Error> {
-    let config = MachineConfig {
-        kernel: settings.lib.join("vmlinux"),
-        initrd: Some(settings.lib.join("sliver-initrd")),
-        cmdline: String::new(),
-        memory_mib: rspec.memory_mib,
-        vcpus: rspec.vcpus,
-        base: Some(settings.images.join(format!("base-{base}.erofs"))),
-        disk: Some(paths.disk()),
+    disk: &Path,
+    start: Start,
+) -> MachineConfig {
+    MachineConfig {
+        start,
+        memory_mib: shape.memory_mib,
+        vcpus: shape.vcpus,
+        base: Some(base(settings, &shape.base)),
+        disk: Some(DiskConfig { path: disk.to_owned(), rate: None }),
         net: Some(NetConfig { mac: mac(uid) }),
         vsock: Some(VsockConfig { cid: CID, path: paths.vsock() }),
+        balloon: true,
         console: Some(paths.console()),
         control: Some(paths.control()),
-        uid: Some(uid),
-    };
+        jail: Some(JailConfig { uid }),
+    }
+}
+
+/// Writes a machine's description into its directory.
+pub fn write_machine(paths: &Paths, config: &MachineConfig) -> Result<(), Error> {
     let path = paths.machine();
     let write = || -> io::Result<()> {
-        let json = serde_json::to_vec_pretty(&config)?;
+        let json = serde_json::to_vec_pretty(config)?;
         OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?.write_all(&json)
     };
     write().map_err(Error::io("write", &path))
@@ -121,8 +120,8 @@ pub async fn sweep(manager: &Manager) {
     }
 }
 
-/// std's own walk follows no symbolic links, also none that are laid while it runs.
-fn remove_tree(path: &Path) -> Result<(), Error> {
+/// Removes a directory and all in it, if it is there. std's own walk follows no symbolic links, also none that are laid while it runs.
+pub fn remove_tree(path: &Path) -> Result<(), Error> {
     match fs::remove_dir_all(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path)(e)),
         _ => Ok(()),

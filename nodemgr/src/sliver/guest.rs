@@ -1,23 +1,31 @@
 //! The host's side of the conversation with `sliver-init`: see [`commonage_nodemgr_api::guest`].
 //!
-//! The guest is hostile: its lines are at most [`MAX_GUEST_LINE`] bytes, one connection says at most [`MAX_MESSAGES`] of them, and
-//! connections are taken one at a time with a pause between, so a guest that talks without end costs the host next to nothing.
+//! The guest is hostile: its lines are at most [`MAX_GUEST_LINE`] bytes, one connection says at most [`MAX_MESSAGES`] of them, and there is one
+//! connection at a time with a growing pause between, so a guest that talks without end, or hangs up at once, costs the host next to nothing.
 
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use commonage_nodemgr_api::guest::{FromGuest, FromHost};
+use commonage_nodemgr_api::guest::{CONTROL_PORT, FromGuest, FromHost};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
-use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::mpsc;
-use tokio::task::{AbortHandle, JoinHandle};
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+
+use crate::exec::{CONNECT_TIMEOUT, connect_guest};
 
 /// Longest line taken from a guest, bytes.
 const MAX_GUEST_LINE: u64 = 64 * 1024;
 /// Most lines of one connection: a well-behaved guest needs four.
 const MAX_MESSAGES: usize = 16;
-/// Between two connections.
-const PAUSE: Duration = Duration::from_millis(50);
+/// Between two connections: at first, at last, and how long one must have lasted for the next to come soon.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LAST_PAUSE: Duration = Duration::from_secs(2);
+const LASTED_WELL: Duration = Duration::from_secs(10);
+/// A guest that booted is not called before it knocks, or before so long.
+const NO_KNOCK: Duration = Duration::from_secs(10);
 /// How long the guest may take to receive a line.
 const SEND_WAIT: Duration = Duration::from_secs(30);
 
@@ -30,45 +38,45 @@ pub struct Said {
     pub answer: mpsc::Sender<FromHost>,
 }
 
-/// Serves the socket until dropped.
+/// Keeps connected to the guest until dropped.
 #[derive(Debug)]
 pub struct Link {
     /// What the guest says.
     pub said: mpsc::Receiver<Said>,
-    server: AbortHandle,
+    caller: AbortHandle,
 }
 
 impl Link {
-    /// Starts serving.
-    pub fn start(listener: UnixListener) -> Self {
+    /// Starts calling the guest whose machine's vsock is `vsock`; not before `knock`, if there will be one.
+    pub fn start(vsock: PathBuf, knock: Option<oneshot::Receiver<()>>) -> Self {
         let (sender, said) = mpsc::channel(1);
-        Self { said, server: tokio::spawn(serve(listener, sender)).abort_handle() }
+        Self { said, caller: tokio::spawn(call(vsock, knock, sender)).abort_handle() }
     }
 }
 
 impl Drop for Link {
     fn drop(&mut self) {
-        self.server.abort();
+        self.caller.abort();
     }
 }
 
-async fn serve(listener: UnixListener, sender: mpsc::Sender<Said>) {
-    let mut current: Option<AbortOnDrop> = None;
-    loop {
-        if let Ok((stream, _)) = listener.accept().await {
-            // A newer connection takes the place of the older: the guest knows which one it means.
-            drop(current.take());
-            current = Some(AbortOnDrop(tokio::spawn(converse(stream, sender.clone()))));
+async fn call(vsock: PathBuf, knock: Option<oneshot::Receiver<()>>, sender: mpsc::Sender<Said>) {
+    if let Some(knock) = knock {
+        tokio::time::timeout(NO_KNOCK, knock).await.ok();
+    }
+    let mut pause = FIRST_PAUSE;
+    while !sender.is_closed() {
+        let since = Instant::now();
+        if let Ok(Ok(stream)) =
+            tokio::time::timeout(CONNECT_TIMEOUT, connect_guest(&vsock, CONTROL_PORT)).await
+        {
+            converse(stream, sender.clone()).await;
         }
-        tokio::time::sleep(PAUSE).await;
-    }
-}
-
-struct AbortOnDrop(JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
+        if since.elapsed() >= LASTED_WELL {
+            pause = FIRST_PAUSE;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LAST_PAUSE);
     }
 }
 
@@ -113,33 +121,57 @@ async fn next(read: &mut (impl tokio::io::AsyncBufRead + Unpin)) -> io::Result<O
 
 #[cfg(test)]
 mod tests {
+    use tokio::net::UnixListener;
+
     use super::*;
+
+    /// The machine's end of one call.
+    async fn accept(listener: &UnixListener) -> BufReader<UnixStream> {
+        let mut stream = BufReader::new(listener.accept().await.unwrap().0);
+        let mut line = String::new();
+        stream.read_line(&mut line).await.unwrap();
+        assert_eq!(line, "CONNECT 807\n");
+        stream.get_mut().write_all(b"OK 807\n").await.unwrap();
+        stream
+    }
 
     #[tokio::test]
     async fn a_conversation_and_what_a_hostile_guest_gets() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let mut link = Link::start(UnixListener::bind(&path).unwrap());
+        let listener = UnixListener::bind(&path).unwrap();
+        let mut link = Link::start(path, None);
 
-        let mut good = BufReader::new(UnixStream::connect(&path).await.unwrap());
-        good.get_mut()
-            .write_all(b"{\"type\":\"hello\",\"configured\":true,\"boot_script_exit\":3}\n")
-            .await
-            .unwrap();
+        for bad in [&b"nonsense\n"[..], b"{\"type\":\"identity\"}\n", &vec![b'x'; 70_000]] {
+            let mut stream = accept(&listener).await;
+            stream.get_mut().write_all(bad).await.ok();
+            // Closed, not answered. Unread bytes make it a reset.
+            let mut rest = Vec::new();
+            assert!(matches!(stream.read_to_end(&mut rest).await, Ok(0) | Err(_)));
+            assert!(link.said.try_recv().is_err());
+        }
+
+        let mut good = accept(&listener).await;
+        let hello = b"{\"type\":\"hello\",\"configured\":true,\"boot_script_exit\":3}\n";
+        good.get_mut().write_all(hello).await.unwrap();
         let said = link.said.recv().await.unwrap();
         assert_eq!(said.message, FromGuest::Hello { configured: true, boot_script_exit: Some(3) });
         said.answer.send(FromHost::Welcome).await.unwrap();
         let mut line = String::new();
         good.read_line(&mut line).await.unwrap();
         assert_eq!(line, "{\"type\":\"welcome\"}\n");
+    }
 
-        for bad in [&b"nonsense\n"[..], b"{\"type\":\"identity\"}\n", &vec![b'x'; 70_000]] {
-            let mut stream = UnixStream::connect(&path).await.unwrap();
-            stream.write_all(bad).await.ok();
-            // Closed, not answered. Unread bytes make it a reset.
-            let mut rest = Vec::new();
-            assert!(matches!(stream.read_to_end(&mut rest).await, Ok(0) | Err(_)));
-            assert!(link.said.try_recv().is_err());
-        }
+    #[tokio::test]
+    async fn a_guest_that_booted_is_called_when_it_knocks() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (knock, knocked) = oneshot::channel();
+        let _link = Link::start(path, Some(knocked));
+        let early = tokio::time::timeout(Duration::from_millis(20), listener.accept()).await;
+        assert!(early.is_err());
+        knock.send(()).unwrap();
+        accept(&listener).await;
     }
 }

@@ -1,5 +1,7 @@
-//! The states of [`super`]'s drawing, each a function that returns the next one.
+//! The states of [`super`]'s drawing, each a function that returns the next one. How a machine begins is in [`super::begin`], what is said to its
+//! guest in [`super::talk`], how it is left at the end of the node in [`super::leave`].
 
+use std::fmt;
 use std::future::pending;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
@@ -9,94 +11,166 @@ use std::time::Duration;
 use commonage_isolation::cgroup::Cgroup;
 use commonage_isolation_api::{Interval, SliceName};
 use commonage_net_demux_api::control::SliverId;
-use commonage_nodemgr_api::Bytes;
-use commonage_nodemgr_api::guest::{CONTROL_PORT, FromGuest, FromHost, Identity};
-use commonage_nodemgr_api::http::{self, SliverState};
+use commonage_nodemgr_api::guest::FromHost;
+use commonage_nodemgr_api::http::SliverState;
 use jiff::Timestamp;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use super::guest::{Link, Said};
-use super::machine::Machine;
-use super::{Command, Paths, console, disk, files, spawn};
-use crate::book::{AGENT, Grant, SliverRecord};
-use crate::demux::Attachment;
+use super::guest::Link;
+use super::machine::{EndKind, Ended, Machine};
+use super::visits::Visits;
+use super::{Command, Paths, console, files};
+use crate::book::{Grant, SliverRecord};
 use crate::error::Error;
 use crate::host::Host;
 use crate::manager::{Manager, sleep_until};
-use crate::{agent, api};
+use crate::restart::{self, Next};
+use crate::template::Template;
 
 /// Waits between starts.
 const FIRST_BACKOFF: Duration = Duration::from_secs(1);
 const LAST_BACKOFF: Duration = Duration::from_secs(60);
 /// A machine that lived so long is started again without more patience.
 const LIVED_WELL: Duration = Duration::from_secs(60);
-/// How long a guest may take from its machine's start until it is configured.
-const BOOT_WAIT: Duration = Duration::from_secs(180);
-/// How long a guest may take to shut down.
-const SHUTDOWN_WAIT: Duration = Duration::from_secs(15);
+/// How long a start keeps others waiting at most.
+const TURN: Duration = Duration::from_secs(15);
 /// How long killing may take.
 const KILL_WAIT: Duration = Duration::from_secs(20);
 /// How often a cleaning up that failed is tried again.
 const RETRY: Duration = Duration::from_secs(5);
-/// Longest message taken from a guest, characters.
-const MAX_MESSAGE: usize = 1000;
-/// Bytes of entropy given to a guest.
-const ENTROPY: usize = 64;
 
-enum State {
+pub(super) enum State {
     Pending,
     Preparing,
     Live(Box<Live>),
     Failed(String),
+    Stopped,
     Deleting(Vec<oneshot::Sender<()>>),
     Off(oneshot::Sender<()>),
 }
 
-/// A machine that lives.
-struct Live {
-    machine: Machine,
-    link: Link,
-    _api: ApiServer,
-    /// Where to speak to the guest's init.
-    guest: Option<mpsc::Sender<FromHost>>,
-    since: Instant,
-    configured: bool,
-    /// Asked for its identity while the node had no address.
-    nameless: bool,
+/// Where a machine comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// Its kernel's entry.
+    Booted,
+    /// A template.
+    Cloned(Template),
+    /// What was saved before the node restarted.
+    Saved,
+    /// An earlier node manager.
+    Adopted,
 }
 
-struct ApiServer(AbortHandle);
+impl Origin {
+    /// How long its guest may take until it is configured.
+    fn patience(&self) -> Duration {
+        Duration::from_secs(match self {
+            Self::Booted | Self::Adopted => 180,
+            Self::Cloned(_) | Self::Saved => 60,
+        })
+    }
+}
 
-impl Drop for ApiServer {
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Booted => "booted",
+            Self::Cloned(_) => "cloned",
+            Self::Saved => "went on from where it was saved",
+            Self::Adopted => "taken over",
+        })
+    }
+}
+
+/// A machine that lives.
+pub(super) struct Live {
+    pub machine: Machine,
+    pub link: Link,
+    pub origin: Origin,
+    pub _visits: Visits,
+    pub _api: Server,
+    /// Where to speak to the guest's init.
+    pub guest: Option<mpsc::Sender<FromHost>>,
+    pub since: Instant,
+    pub configured: bool,
+    /// Asked for its identity while the node had no address.
+    pub nameless: bool,
+    /// While it has this, few others are started.
+    pub turn: Option<OwnedSemaphorePermit>,
+}
+
+impl Live {
+    pub(super) fn new(
+        machine: Machine,
+        link: Link,
+        visits: Visits,
+        api: Server,
+        origin: Origin,
+        since: Instant,
+        turn: Option<OwnedSemaphorePermit>,
+    ) -> Self {
+        let (guest, configured, nameless) = (None, false, false);
+        Self { machine, link, origin, _visits: visits, _api: api, guest, since, configured, nameless, turn }
+    }
+}
+
+/// A task that ends with its owner.
+pub(super) struct Server(pub AbortHandle);
+
+impl Drop for Server {
     fn drop(&mut self) {
         self.0.abort();
     }
 }
 
-struct Lifecycle {
-    manager: Arc<Manager>,
-    slice: SliceName,
-    uid: u32,
-    paths: Paths,
-    commands: mpsc::UnboundedReceiver<Command>,
-    publish: watch::Sender<SliverState>,
-    host: watch::Receiver<Option<Host>>,
+/// Why a machine has ended, or has to.
+pub(super) enum End {
+    /// By itself.
+    Itself(Ended),
+    /// The node manager wants it so.
+    Wanted(String),
+}
+
+pub(super) struct Lifecycle {
+    pub manager: Arc<Manager>,
+    pub slice: SliceName,
+    pub uid: u32,
+    pub paths: Paths,
+    pub commands: mpsc::UnboundedReceiver<Command>,
+    pub publish: watch::Sender<SliverState>,
+    pub host: watch::Receiver<Option<Host>>,
     backoff: Duration,
+    /// Its clone did not come up: the next start boots.
+    pub boots_next: bool,
+    /// net-demux may have it.
+    pub attached: bool,
 }
 
 /// Lives a sliver's life.
 pub async fn run(
     manager: Arc<Manager>,
     slice: SliceName,
+    new: bool,
     commands: mpsc::UnboundedReceiver<Command>,
     publish: watch::Sender<SliverState>,
 ) {
     let Some(record) = manager.book().sliver(&slice).cloned() else { return };
-    let (paths, host) = (manager.paths(&slice), manager.host.clone());
-    let backoff = FIRST_BACKOFF;
-    let mut life = Lifecycle { manager, slice, uid: record.uid, paths, commands, publish, host, backoff };
+    let (paths, host, uid) = (manager.paths(&slice), manager.host.clone(), record.uid);
+    let mut life = Lifecycle {
+        manager,
+        slice,
+        uid,
+        paths,
+        commands,
+        publish,
+        host,
+        backoff: FIRST_BACKOFF,
+        boots_next: false,
+        attached: !new,
+    };
     let mut state = life.first_state(&record).await;
     loop {
         state = match state {
@@ -104,6 +178,7 @@ pub async fn run(
             State::Preparing => life.preparing().await,
             State::Live(live) => life.live(*live).await,
             State::Failed(reason) => life.failed(reason).await,
+            State::Stopped => life.stopped().await,
             State::Deleting(waiting) => return life.delete(waiting).await,
             State::Off(answer) => {
                 answer.send(()).ok();
@@ -121,8 +196,8 @@ impl Lifecycle {
         }
         let populated = self.cgroup().is_some_and(|g| g.populated().unwrap_or(true));
         if !populated {
-            self.manager.demux.detach(SliverId(self.uid)).await;
-            return State::Pending;
+            self.detach().await;
+            return if record.stopped.is_some() { State::Stopped } else { State::Pending };
         }
         match self.adopt().await {
             Ok(live) => {
@@ -131,7 +206,7 @@ impl Lifecycle {
             }
             Err(e) => {
                 tracing::warn!("{}: cannot take over its machine ({e}); starting it anew", self.slice);
-                self.kill().await.inspect_err(|e| tracing::error!("{}: {e}", self.slice)).ok();
+                self.kill_or_complain().await;
                 State::Pending
             }
         }
@@ -156,17 +231,17 @@ impl Lifecycle {
         }
         self.publish.send_if_modified(|s| {
             // A failure stays visible until the machine is up again.
-            let pending = matches!(s, SliverState::Pending);
-            if pending {
+            let quiet = matches!(s, SliverState::Pending | SliverState::Stopped { .. });
+            if quiet {
                 *s = SliverState::Starting;
             }
-            pending
+            quiet
         });
         match self.start().await {
             Ok(live) => State::Live(Box::new(live)),
             Err(e) => {
-                self.kill().await.inspect_err(|e| tracing::error!("{}: {e}", self.slice)).ok();
-                State::Failed(self.with_console(format!("it could not be started: {e}")))
+                self.kill_or_complain().await;
+                State::Failed(self.with_console(format!("it could not be started: {e}"), ""))
             }
         }
     }
@@ -175,25 +250,22 @@ impl Lifecycle {
         if !matches!(*self.publish.borrow(), SliverState::Running { .. }) {
             self.publish.send_replace(SliverState::Starting);
         }
+        let patience = live.origin.patience();
         while let Some(Interval { end, .. }) = self.lease() {
-            let boot_over = async {
-                if live.configured {
-                    pending().await
-                } else {
-                    tokio::time::sleep_until(live.since + BOOT_WAIT).await
-                }
-            };
+            let late = until(!live.configured, live.since + patience);
+            let turn_over = until(live.turn.is_some(), live.since + TURN);
             tokio::select! {
-                reason = live.machine.ended() => return self.ended(live, reason).await,
+                ended = live.machine.ended() => return self.ended(live, End::Itself(ended)).await,
                 said = live.link.said.recv() => {
                     if let Some(said) = said && let Err(reason) = self.hear(&mut live, said).await {
-                        return self.ended(live, reason).await;
+                        return self.ended(live, End::Wanted(reason)).await;
                     }
                 }
-                () = boot_over => {
-                    let reason = format!("its guest was not configured within {} s", BOOT_WAIT.as_secs());
-                    return self.ended(live, reason).await;
+                () = late => {
+                    let reason = format!("its guest was not configured within {} s", patience.as_secs());
+                    return self.ended(live, End::Wanted(reason)).await;
                 }
+                () = turn_over => live.turn = None,
                 changed = self.host.changed() => {
                     // Without a sender no address ever comes: the node manager is ending.
                     if changed.is_err() {
@@ -201,18 +273,17 @@ impl Lifecycle {
                     }
                     if live.nameless {
                         self.introduce(&mut live).await;
-                    } else if self.guest_address().is_some_and(|a| Some(a) != self.address()) {
+                    } else if self.has_old_address() {
                         self.shut_down(&mut live).await;
-                        return self.ended(live, "the node's address changed".to_owned()).await;
+                        return self.ended(live, End::Wanted("the node's address changed".to_owned())).await;
                     }
                 }
                 () = sleep_until(end) => return self.expired(),
                 command = self.commands.recv() => match command {
                     Some(Command::Changed) => self.apply_limits(),
                     Some(Command::Delete(answer)) => return State::Deleting(vec![answer]),
-                    Some(Command::PowerOff(answer)) => {
-                        self.shut_down(&mut live).await;
-                        self.kill().await.inspect_err(|e| tracing::error!("{}: {e}", self.slice)).ok();
+                    Some(Command::PowerOff(answer, deadline)) => {
+                        self.leave(live, deadline).await;
                         return State::Off(answer);
                     }
                     None => pending().await,
@@ -223,15 +294,39 @@ impl Lifecycle {
     }
 
     /// The machine ended, or has to.
-    async fn ended(&mut self, live: Live, reason: String) -> State {
+    async fn ended(&mut self, live: Live, end: End) -> State {
         if live.since.elapsed() >= LIVED_WELL {
             self.backoff = FIRST_BACKOFF;
         }
+        let (configured, origin) = (live.configured, live.origin.clone());
         drop(live);
-        if let Err(e) = self.kill().await {
-            tracing::error!("{}: {e}", self.slice);
+        self.kill_or_complain().await;
+        let (kind, reason) = match end {
+            End::Itself(ended) => (ended.kind(), self.with_console(ended.to_string(), &ended.console)),
+            End::Wanted(reason) => (EndKind::Failure, self.with_console(reason, "")),
+        };
+        match origin {
+            Origin::Cloned(template) if !configured => {
+                tracing::warn!("{}: its clone did not come up, booting it instead: {reason}", self.slice);
+                self.manager.templates.clone_failed(&template, false);
+                self.boots_next = true;
+                return State::Preparing;
+            }
+            Origin::Saved if !configured => {
+                tracing::warn!(
+                    "{}: did not go on from where it was saved, starting it afresh: {reason}",
+                    self.slice
+                );
+                return State::Preparing;
+            }
+            _ => {}
         }
-        State::Failed(self.with_console(reason))
+        let policy = self.bound().map(|(record, _)| record.config.restart).unwrap_or_default();
+        // What the node wanted ended is the node's business to start again.
+        match restart::decide(policy, kind, configured) {
+            Next::Again => State::Failed(reason),
+            Next::Stopped => self.stop(reason).await,
+        }
     }
 
     async fn failed(&mut self, reason: String) -> State {
@@ -251,10 +346,38 @@ impl Lifecycle {
         State::Deleting(Vec::new())
     }
 
+    /// Its machine ended and is not started again; a node manager that restarts has to know.
+    async fn stop(&mut self, reason: String) -> State {
+        tracing::info!("{}: {reason}; not started again, as it is configured", self.slice);
+        let (slice, uid, noted) = (self.slice.clone(), self.uid, reason.clone());
+        match self.manager.change(move |book| Ok((book.stop(&slice, uid, noted), ()))).await {
+            Ok(()) => State::Stopped,
+            Err(e) => State::Failed(format!("{reason}; that it is to stay so could not be noted: {e}")),
+        }
+    }
+
+    async fn stopped(&mut self) -> State {
+        while let Some(Interval { end, .. }) = self.lease() {
+            let Some(reason) = self.bound().and_then(|(record, _)| record.stopped) else {
+                self.backoff = FIRST_BACKOFF;
+                return State::Preparing;
+            };
+            self.publish.send_replace(SliverState::Stopped { reason });
+            tokio::select! {
+                () = sleep_until(end) => return self.expired(),
+                // A change may be that it is configured anew: then it is no longer noted as stopped.
+                command = self.commands.recv() => if let Some(next) = self.unless_ended(command) {
+                    return next;
+                },
+            }
+        }
+        State::Deleting(Vec::new())
+    }
+
     /// Removes everything, again and again until nothing is left.
     async fn delete(mut self, mut waiting: Vec<oneshot::Sender<()>>) {
-        let slice = self.slice.clone();
-        if let Err(e) = self.manager.change(move |book| Ok((book.condemn(&slice), ()))).await {
+        let (slice, uid) = (self.slice.clone(), self.uid);
+        if let Err(e) = self.manager.change(move |book| Ok((book.condemn(&slice, uid), ()))).await {
             tracing::error!("{}: {e}", self.slice);
         }
         while let Err(e) = self.remove_all().await {
@@ -267,7 +390,7 @@ impl Lifecycle {
                     command = self.commands.recv() => match command {
                         Some(Command::Delete(answer)) => waiting.push(answer),
                         // The record says that it is being deleted: the next node manager goes on.
-                        Some(Command::PowerOff(answer)) => {
+                        Some(Command::PowerOff(answer, _)) => {
                             answer.send(()).ok();
                             return;
                         }
@@ -301,165 +424,27 @@ impl Lifecycle {
         match command? {
             Command::Changed => None,
             Command::Delete(answer) => Some(State::Deleting(vec![answer])),
-            Command::PowerOff(answer) => Some(State::Off(answer)),
+            Command::PowerOff(answer, _) => Some(State::Off(answer)),
         }
-    }
-
-    async fn start(&mut self) -> Result<Live, Error> {
-        let _turn = self.manager.starts.acquire().await;
-        let Some((record, grant)) = self.bound() else { return Err(self.error("its record is gone")) };
-        let admitted = self.manager.book().admitted(&grant, Timestamp::now());
-        let admitted = admitted.map_err(|e| self.error(&format!("this node has become too small: {e}")))?;
-        // Nothing may live in the directory that is made anew.
-        self.kill().await?;
-        let (paths, uid) = (self.paths.clone(), self.uid);
-        tokio::task::spawn_blocking(move || files::make_dir(&paths, uid)).await??;
-        std::fs::remove_file(self.address_file()).ok();
-        let (link, api) = self.listen()?;
-        disk::prepare(&self.paths, admitted.rspec().disk_mib, self.uid, &self.manager.settings.mke2fs)
-            .await?;
-        let settings = &self.manager.settings;
-        files::write_machine(settings, &self.paths, self.uid, &record.config.base, admitted.rspec())?;
-        let procs = match self.cgroup() {
-            Some(group) => {
-                group.create(admitted.rspec())?;
-                Some(group.procs()?)
-            }
-            None => None,
-        };
-        let (log_path, failed) = (self.paths.vmm_log(), |e: std::io::Error| e.to_string());
-        let log = std::fs::File::create(&log_path).map_err(Error::io("make", &log_path))?;
-        let child = spawn::spawn(&settings.vmm, &self.paths.machine(), procs, log);
-        let child = child.map_err(Error::io("run", &settings.vmm))?;
-        let machine = Machine::await_spawned(&self.paths.control(), child).await;
-        let machine = machine.map_err(|e| self.error(&self.with_log(failed(e))))?;
-        tracing::info!("{}: machine up, ports {}-{}", self.slice, grant.ports.first, grant.ports.last);
-        self.attach(&machine, &grant).await?;
-        Ok(Live::new(machine, link, api))
-    }
-
-    async fn adopt(&mut self) -> Result<Live, Error> {
-        let Some((_, grant)) = self.bound() else { return Err(self.error("its record is gone")) };
-        let machine = Machine::adopt(&self.paths.control()).await.map_err(|e| self.error(&e.to_string()))?;
-        let (link, api) = self.listen()?;
-        self.attach(&machine, &grant).await?;
-        Ok(Live::new(machine, link, api))
-    }
-
-    fn listen(&self) -> Result<(Link, ApiServer), Error> {
-        let link = Link::start(files::listen(&self.paths.host_port(CONTROL_PORT), self.uid)?);
-        let listener = files::listen(&self.paths.host_port(http::PORT), self.uid)?;
-        let api = tokio::spawn(api::serve(listener, Arc::clone(&self.manager), self.slice.clone()));
-        Ok((link, ApiServer(api.abort_handle())))
-    }
-
-    async fn attach(&self, machine: &Machine, grant: &Grant) -> Result<(), Error> {
-        let ring = machine.ring().await.map_err(|e| self.error(&format!("no network ring: {e}")))?;
-        let attachment = Attachment {
-            sliver: SliverId(self.uid),
-            slice: self.slice.to_string(),
-            mac: files::mac(self.uid),
-            ports: grant.ports.clone(),
-            ring,
-        };
-        let refused = |e| self.error(&format!("net-demux refused it: {e}"));
-        self.manager.demux.attach(attachment).await.map_err(refused)
-    }
-
-    /// Takes in what the guest's init says. An error is why the machine has to end.
-    async fn hear(&mut self, live: &mut Live, Said { message, answer }: Said) -> Result<(), String> {
-        live.guest = Some(answer);
-        match message {
-            FromGuest::Hello { configured: false, .. } => {
-                (live.configured, live.nameless) = (false, true);
-                self.introduce(live).await;
-            }
-            FromGuest::Hello { configured: true, boot_script_exit } => {
-                live.configured = true;
-                self.speak(live, FromHost::Welcome).await;
-                if let Some(boot_script_exit) = boot_script_exit {
-                    self.publish.send_replace(SliverState::Running { boot_script_exit });
-                }
-            }
-            // Told once for each change: a guest may say it as often as it likes.
-            FromGuest::Configured => {
-                if !std::mem::replace(&mut live.configured, true) {
-                    tracing::info!(
-                        "{}: configured after {} ms",
-                        self.slice,
-                        live.since.elapsed().as_millis()
-                    );
-                }
-            }
-            FromGuest::BootScriptDone { exit } => {
-                let state = SliverState::Running { boot_script_exit: exit };
-                if self.publish.send_replace(state.clone()) != state {
-                    tracing::info!("{}: boot script ended with status {exit}", self.slice);
-                }
-            }
-            FromGuest::Failed { message } => {
-                let message: String = message.chars().filter(|c| !c.is_control()).take(MAX_MESSAGE).collect();
-                return Err(format!("its init failed: {message}"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Tells the guest who it is, if the node knows its own address.
-    async fn introduce(&mut self, live: &mut Live) {
-        let host = self.host.borrow_and_update().clone();
-        let (Some(host), Some((record, grant))) = (host, self.bound()) else {
-            return tracing::warn!("{}: waits until the node has an address", self.slice);
-        };
-        let mut entropy = vec![0; ENTROPY];
-        if let Err(e) = getrandom::fill(&mut entropy) {
-            return tracing::error!("{}: no random numbers for it: {e}", self.slice);
-        }
-        let agent = self.slice.as_str() == AGENT;
-        let identity = Identity {
-            slice: self.slice.clone(),
-            node: self.manager.settings.node.clone(),
-            address: host.address,
-            dns: host.dns,
-            ports: grant.ports,
-            ssh_keys: record.config.ssh_keys,
-            boot_script: record.config.boot_script,
-            files: if agent { agent::files(&self.manager.settings) } else { record.config.files },
-            now: Timestamp::now(),
-            entropy: Bytes(entropy),
-        };
-        live.nameless = false;
-        std::fs::write(self.address_file(), host.address.to_string())
-            .unwrap_or_else(|e| tracing::warn!("{}: {e}", self.address_file().display()));
-        self.speak(live, FromHost::Identity(Box::new(identity))).await;
-    }
-
-    async fn speak(&self, live: &Live, message: FromHost) {
-        if let Some(guest) = &live.guest {
-            // Full: the guest does not listen. It will connect anew or be timed out.
-            guest.try_send(message).ok();
-        }
-    }
-
-    /// Asks the guest to shut down; ends the machine if it does not.
-    async fn shut_down(&mut self, live: &mut Live) {
-        if live.configured && live.guest.is_some() {
-            self.speak(live, FromHost::Shutdown).await;
-            if tokio::time::timeout(SHUTDOWN_WAIT, live.machine.ended()).await.is_ok() {
-                return;
-            }
-            tracing::warn!("{}: did not shut down within {} s", self.slice, SHUTDOWN_WAIT.as_secs());
-        }
-        live.machine.stop().await;
     }
 
     /// Ends every process of the sliver and detaches it from the network.
-    async fn kill(&self) -> Result<(), Error> {
+    pub(super) async fn kill(&mut self) -> Result<(), Error> {
         if let Some(group) = self.cgroup() {
             tokio::task::spawn_blocking(move || group.kill(KILL_WAIT)).await??;
         }
-        self.manager.demux.detach(SliverId(self.uid)).await;
+        self.detach().await;
         Ok(())
+    }
+
+    pub(super) async fn kill_or_complain(&mut self) {
+        self.kill().await.unwrap_or_else(|e| tracing::error!("{}: {e}", self.slice));
+    }
+
+    async fn detach(&mut self) {
+        if std::mem::take(&mut self.attached) {
+            self.manager.demux.detach(SliverId(self.uid)).await;
+        }
     }
 
     /// After a renewal: its share may be another.
@@ -469,7 +454,7 @@ impl Lifecycle {
         }
     }
 
-    fn bound(&self) -> Option<(SliverRecord, Grant)> {
+    pub(super) fn bound(&self) -> Option<(SliverRecord, Grant)> {
         let book = self.manager.book();
         book.bound(&self.slice).map(|(record, grant)| (record.clone(), grant.clone()))
     }
@@ -479,42 +464,34 @@ impl Lifecycle {
         self.manager.book().bound(&self.slice).map(|(_, grant)| grant.rspec.interval)
     }
 
-    fn cgroup(&self) -> Option<Cgroup> {
+    pub(super) fn cgroup(&self) -> Option<Cgroup> {
         self.manager.cgroups.as_ref().map(|groups| groups.of(&self.slice))
     }
 
-    fn address(&self) -> Option<Ipv4Addr> {
-        self.host.borrow().as_ref().map(|h| h.address)
+    /// Whether the guest was told an address, also by an earlier node manager, that is not the node's any more.
+    pub(super) fn has_old_address(&self) -> bool {
+        let told = std::fs::read_to_string(self.address_file()).ok();
+        let told: Option<Ipv4Addr> = told.and_then(|text| text.parse().ok());
+        let now = self.host.borrow().as_ref().map(|h| h.address);
+        told.is_some() && now.is_some() && told != now
     }
 
-    /// The address the guest was told, also by an earlier node manager.
-    fn guest_address(&self) -> Option<Ipv4Addr> {
-        std::fs::read_to_string(self.address_file()).ok()?.parse().ok()
-    }
-
-    /// Beside the disk, where the sliver's user cannot write.
-    fn address_file(&self) -> PathBuf {
+    /// Beside the disk: it outlasts the node's uptime as a saved sliver does.
+    pub(super) fn address_file(&self) -> PathBuf {
         self.paths.state.join("address")
     }
 
-    fn with_console(&self, reason: String) -> String {
-        let tail = console::tail(&self.paths.console());
+    /// What happened, with the console's last lines: those that the machine told, or those of the file.
+    fn with_console(&self, reason: String, told: &str) -> String {
+        let tail = if told.is_empty() { console::tail(&self.paths.console()) } else { told.to_owned() };
         if tail.is_empty() { reason } else { format!("{reason}; its console ends with:\n{tail}") }
     }
 
-    fn with_log(&self, reason: String) -> String {
-        let tail = console::tail(&self.paths.vmm_log());
-        if tail.is_empty() { reason } else { format!("{reason}: {tail}") }
-    }
-
-    fn error(&self, message: &str) -> Error {
+    pub(super) fn error(&self, message: &str) -> Error {
         Error::Machine { slice: self.slice.to_string(), message: message.to_owned() }
     }
 }
 
-impl Live {
-    fn new(machine: Machine, link: Link, api: ApiServer) -> Self {
-        let since = Instant::now();
-        Self { machine, link, _api: api, guest: None, since, configured: false, nameless: false }
-    }
+async fn until(counts: bool, then: Instant) {
+    if counts { tokio::time::sleep_until(then).await } else { pending().await }
 }

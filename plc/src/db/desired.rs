@@ -196,7 +196,7 @@ fn sliver(row: Row, ssh_keys: Vec<String>) -> Result<DesiredSliver> {
     let start = time(row.instantiated)?.saturating_sub(CLOCK_SKEW).map_err(Error::corrupt("time"))?;
     let mut rspec = rspec(number(row.rspec_share)?, resources, Interval { start, end: time(row.ends)? });
     rspec.privileges = json(&row.privileges)?;
-    let config = SliverConfig { base: row.base, ssh_keys, boot_script: row.boot_script, files: Vec::new() };
+    let config = SliverConfig { base: row.base, ssh_keys, boot_script: row.boot_script, ..SliverConfig::default() };
     Ok(DesiredSliver { slice: name(&row.name)?, rspec, config })
 }
 
