@@ -50,9 +50,8 @@ pub fn raise_descriptors() {
     let most = fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok());
     // Without the privilege to raise it, what the process was given.
     let given = getrlimit(Resource::Nofile).maximum;
-    let tried =
-        [most, given].into_iter().map(|n| setrlimit(Resource::Nofile, Rlimit { current: n, maximum: n }));
-    if tried.fold(true, |failed, result| failed && result.is_err()) {
+    let limit = |n| setrlimit(Resource::Nofile, Rlimit { current: n, maximum: n });
+    if limit(most).is_err() && limit(given).is_err() {
         tracing::warn!("cannot raise the number of open files: with many slivers there may be too few");
     }
 }

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Subcommand;
 use commonage_isolation_api::{NodeId, Ports, SliceName};
 use commonage_plc_api::node::SliverOutcome;
-use commonage_plc_api::rest::{BootState, PrincipalName, SetResources, Slice, SliceSliver};
+use commonage_plc_api::rest::{BootState, PrincipalName, RestartPolicy, SetResources, Slice, SliceSliver};
 use commonage_plc_client::Client;
 use jiff::{Span, SpanRelativeTo, Timestamp};
 
@@ -53,6 +53,9 @@ pub enum Command {
         /// What is in a new sliver: debian or mini.
         #[arg(long)]
         base: Option<String>,
+        /// Whether a sliver is started again when its machine ends: always, on-failure or never.
+        #[arg(long, value_name = "POLICY")]
+        restart: Option<RestartPolicy>,
     },
     /// Gives a slice its share and its time (PIs; owners of an instantiated slice may renew).
     SetResources {
@@ -127,7 +130,7 @@ pub async fn run(command: Command, profile: &Profile, output: &Output) -> Result
         }
         Command::Show { name } => plc.slice(&name).await?,
         Command::SetOwners { name, owners } => plc.set_owners(&name, owners.into_iter().collect()).await?,
-        Command::SetState { name, boot_script, base } => {
+        Command::SetState { name, boot_script, base, restart } => {
             let mut state: BootState = plc.slice(&name).await?.state;
             if let Some(path) = boot_script {
                 state.boot_script = std::fs::read_to_string(&path)
@@ -136,6 +139,7 @@ pub async fn run(command: Command, profile: &Profile, output: &Output) -> Result
             if let Some(base) = base {
                 state.base = base;
             }
+            state.restart = restart.unwrap_or(state.restart);
             plc.set_state(&name, &state).await?
         }
         Command::SetResources { name, share, span, until, memory_mib, disk_mib, ports, tcp, udp } => {
@@ -232,6 +236,7 @@ fn line(sliver: &SliceSliver) -> String {
             format!("runs; its boot script ended with {boot_script_exit}")
         }
         SliverOutcome::Failed { reason } => format!("failed: {reason}"),
+        SliverOutcome::Stopped { reason } => format!("stopped: {reason}"),
     };
     let ports = sliver.ports.as_ref().map(|p| format!(", ports {}-{}", p.first, p.last)).unwrap_or_default();
     let ssh = sliver.ssh.as_ref().map(|ssh| format!(", {ssh}")).unwrap_or_default();

@@ -19,7 +19,9 @@
 //! | `GET /v1/network` | anyone: its own traffic | → [`Network`] |
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::net::Ipv4Addr;
+use std::str::FromStr;
 
 pub use commonage_isolation_api::PortGrant;
 use commonage_isolation_api::{NodeId, Rcap, Rspec, SliceName};
@@ -102,8 +104,26 @@ pub enum RestartPolicy {
 }
 
 impl RestartPolicy {
+    /// All, with their names.
+    const NAMES: [(Self, &str); 3] =
+        [(Self::Always, "always"), (Self::OnFailure, "on-failure"), (Self::Never, "never")];
+
     fn is_default(&self) -> bool {
         *self == Self::default()
+    }
+}
+
+impl fmt::Display for RestartPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(Self::NAMES.iter().find(|(policy, _)| policy == self).map_or("", |(_, name)| name))
+    }
+}
+
+impl FromStr for RestartPolicy {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::NAMES.iter().find(|(_, name)| *name == text).map(|(policy, _)| *policy);
+        found.ok_or_else(|| format!("{text:?} is no restart policy: always, on-failure or never"))
     }
 }
 
@@ -258,4 +278,20 @@ pub struct Network {
     pub rx_bytes: u64,
     /// Frames dropped, by reason.
     pub drops: BTreeMap<String, u64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A node manager that does not know the field refuses it, so it is said only when it says something.
+    #[test]
+    fn a_restart_policy_has_one_name_everywhere() {
+        for (policy, name) in RestartPolicy::NAMES {
+            assert_eq!((policy.to_string().as_str(), name.parse()), (name, Ok(policy)));
+            assert_eq!(serde_json::to_string(&policy).unwrap(), format!("{name:?}"));
+        }
+        "sometimes".parse::<RestartPolicy>().unwrap_err();
+        assert!(!serde_json::to_string(&SliverConfig::default()).unwrap().contains("restart"));
+    }
 }

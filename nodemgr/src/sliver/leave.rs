@@ -48,7 +48,8 @@ impl Lifecycle {
             return Ok(false);
         };
         // One after the other: the disk is one, and each looks how much room is left.
-        let _turn = self.manager.saves.lock().await;
+        let manager = std::sync::Arc::clone(&self.manager);
+        let _turn = manager.saves.lock().await;
         let needed = Duration::from_secs((grant.rspec.memory_mib / SAVE_RATE).into());
         if Instant::now() + needed + SHUTDOWN_WAIT > deadline {
             tracing::warn!("{}: there is no time to save it, shutting it down", self.slice);

@@ -35,13 +35,15 @@ async fn a_ring_is_exactly_three_descriptors() {
     let listener = UnixListener::bind(&control).unwrap();
     let machine = Machine { control, ended: None };
     let good = b"{\"response\":\"ring\"}\n";
-    let (ring, asked) = tokio::join!(machine.ring(), answer(&listener, &[(good, 3)]));
+    let answers = [(&good[..], 3)];
+    let (ring, asked) = tokio::join!(machine.ring(), answer(&listener, &answers));
     ring.unwrap();
     assert_eq!(asked, [r#"{"request":"ring"}"#]);
     for (line, fds) in
         [(&good[..], 2), (good, 4), (b"{\"response\":\"stopping\"}\n", 3), (b"nonsense\n", 3), (b"{", 3)]
     {
-        let (ring, _) = tokio::join!(machine.ring(), answer(&listener, &[(line, fds)]));
+        let answers = [(line, fds)];
+        let (ring, _) = tokio::join!(machine.ring(), answer(&listener, &answers));
         assert!(ring.is_err(), "{line:?} with {fds}");
     }
 }

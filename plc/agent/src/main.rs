@@ -194,6 +194,7 @@ fn report(slice: &SliceName, there: &[Sliver], failures: &BTreeMap<SliceName, St
             SliverOutcome::Running { boot_script_exit: *boot_script_exit }
         }
         (None, Some(SliverState::Failed { reason })) => SliverOutcome::Failed { reason: reason.clone() },
+        (None, Some(SliverState::Stopped { reason })) => SliverOutcome::Stopped { reason: reason.clone() },
     };
     SliverReport { slice: slice.clone(), state, ports: sliver.map(|s| s.ports.clone()) }
 }

@@ -29,7 +29,7 @@ pub enum Action {
         /// The new share, thousandths.
         share: u32,
     },
-    /// Change keys and boot script.
+    /// Change keys, boot script and what happens when the machine ends.
     Configure(SliceName, SliverConfig),
     /// What is wanted cannot be had without losing the sliver's disk: say so and leave it alone.
     Refuse(SliceName, String),
@@ -69,8 +69,8 @@ pub fn plan(wanted: &[DesiredSliver], there: &[Sliver], rcaps: &[Acquired], me: 
         if have.rspec.interval.end != end || have.rspec.share != share {
             actions.push(Action::Renew { slice: want.slice.clone(), rcap, end, share });
         }
-        if have.config.ssh_keys != want.config.ssh_keys || have.config.boot_script != want.config.boot_script
-        {
+        let changeable = |c: &SliverConfig| (c.ssh_keys.clone(), c.boot_script.clone(), c.restart);
+        if changeable(&have.config) != changeable(&want.config) {
             // The base of what lives stays; whether another one is wanted is said below.
             let config = SliverConfig { base: have.config.base.clone(), ..want.config.clone() };
             actions.push(Action::Configure(want.slice.clone(), config));

@@ -83,4 +83,9 @@ pub enum SliverOutcome {
         /// Why, and what to do.
         reason: String,
     },
+    /// Its machine ended and is not started again, as its slice wants.
+    Stopped {
+        /// How it ended.
+        reason: String,
+    },
 }

@@ -44,6 +44,7 @@ use std::str::FromStr;
 use commonage_isolation_api::{NodeId, Ports, Privilege, SiteName, SliceName};
 use commonage_nodemgr_api::Bytes;
 use commonage_nodemgr_api::http::PortGrant;
+pub use commonage_nodemgr_api::http::RestartPolicy;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -356,6 +357,10 @@ pub struct BootState {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub es_slice: Option<SliceName>,
+    /// Whether a sliver is started again when its machine ends: `always`, `on-failure` or `never`.
+    #[serde(default)]
+    #[schema(value_type = String)]
+    pub restart: RestartPolicy,
 }
 
 fn default_base() -> String {
@@ -364,7 +369,12 @@ fn default_base() -> String {
 
 impl Default for BootState {
     fn default() -> Self {
-        Self { boot_script: String::new(), base: default_base(), es_slice: None }
+        Self {
+            boot_script: String::new(),
+            base: default_base(),
+            es_slice: None,
+            restart: RestartPolicy::default(),
+        }
     }
 }
 
@@ -466,10 +476,11 @@ pub struct Slice {
 }
 
 impl Slice {
-    /// Whether every sliver has come to rest as it is wanted now: running or failed, by a report about the present revision.
+    /// Whether every sliver has come to rest as it is wanted now: running, failed or stopped, by a report about the present revision.
     pub fn settled(&self) -> bool {
         self.slivers.iter().all(|s| {
-            s.current && matches!(s.outcome, SliverOutcome::Running { .. } | SliverOutcome::Failed { .. })
+            let settled = !matches!(s.outcome, SliverOutcome::Pending | SliverOutcome::Starting);
+            s.current && settled
         })
     }
 }

@@ -152,6 +152,7 @@ struct Row {
     name: String,
     boot_script: String,
     base: String,
+    restart: String,
     rspec_share: i64,
     instantiated: i64,
     ends: i64,
@@ -168,7 +169,7 @@ struct Row {
 pub async fn desired(db: &mut SqliteConnection, node: &NodeId) -> Result<Desired> {
     let revision = revision(&mut *db, node).await?;
     let rows: Vec<Row> = sqlx::query_as(
-        "SELECT name, boot_script, base, rspec_share, instantiated, ends, memory_mib, disk_mib, ports, privileges \
+        "SELECT name, boot_script, base, restart, rspec_share, instantiated, ends, memory_mib, disk_mib, ports, privileges \
          FROM slices JOIN slice_nodes ON slice = name WHERE node = ? AND rspec_share IS NOT NULL ORDER BY name",
     )
     .bind(node.as_str())
@@ -196,7 +197,13 @@ fn sliver(row: Row, ssh_keys: Vec<String>) -> Result<DesiredSliver> {
     let start = time(row.instantiated)?.saturating_sub(CLOCK_SKEW).map_err(Error::corrupt("time"))?;
     let mut rspec = rspec(number(row.rspec_share)?, resources, Interval { start, end: time(row.ends)? });
     rspec.privileges = json(&row.privileges)?;
-    let config = SliverConfig { base: row.base, ssh_keys, boot_script: row.boot_script, ..SliverConfig::default() };
+    let config = SliverConfig {
+        base: row.base,
+        ssh_keys,
+        boot_script: row.boot_script,
+        files: Vec::new(),
+        restart: name(&row.restart)?,
+    };
     Ok(DesiredSliver { slice: name(&row.name)?, rspec, config })
 }
 

@@ -201,7 +201,7 @@ pub async fn reported(tx: &mut Tx, node: &NodeId, status: &Status) -> Result<()>
 
 fn clipped(report: &SliverReport) -> SliverReport {
     let mut report = report.clone();
-    if let SliverOutcome::Failed { reason } = &mut report.state {
+    if let SliverOutcome::Failed { reason } | SliverOutcome::Stopped { reason } = &mut report.state {
         let end = (0..=MAX_REASON).rev().find(|i| reason.is_char_boundary(*i)).unwrap_or(0);
         reason.truncate(end);
     }

@@ -23,6 +23,7 @@ struct Row {
     boot_script: String,
     base: String,
     es_slice: Option<String>,
+    restart: String,
     share: Option<i64>,
     ends: Option<i64>,
     memory_mib: Option<i64>,
@@ -83,6 +84,7 @@ async fn read(db: &mut SqliteConnection, row: Row) -> Result<Slice> {
             boot_script: row.boot_script,
             base: row.base,
             es_slice: row.es_slice.as_deref().map(name).transpose()?,
+            restart: name(&row.restart)?,
         },
         resources,
         rspec_share: row.rspec_share.map(number).transpose()?,
@@ -191,10 +193,11 @@ pub async fn set_owners(tx: &mut Tx, slice: &SliceName, owners: &BTreeSet<Princi
 /// # Errors
 /// The database fails.
 pub async fn set_state(tx: &mut Tx, slice: &SliceName, state: &BootState) -> Result<()> {
-    sqlx::query("UPDATE slices SET boot_script = ?, base = ?, es_slice = ? WHERE name = ?")
+    sqlx::query("UPDATE slices SET boot_script = ?, base = ?, es_slice = ?, restart = ? WHERE name = ?")
         .bind(&state.boot_script)
         .bind(&state.base)
         .bind(state.es_slice.as_ref().map(|s| s.as_str()))
+        .bind(state.restart.to_string())
         .bind(slice.as_str())
         .execute(tx.conn())
         .await?;
