@@ -5,22 +5,22 @@
 //! The guest's init is a shell script; it answers through its disk, its console and its network.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
-use std::fs::Permissions;
 use std::io::{BufRead, BufReader, Read, Seek, Write};
-use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use commonage_net_demux_api::ring::{Endpoint, MAX_FRAME, RingFds};
+use commonage_vmm::control::channel;
 use commonage_vmm_api::{
     DiskConfig, ExitReason, JailConfig, MachineConfig, NetConfig, Request, Response, Start, VsockConfig,
 };
 use rustix::event::{PollFd, PollFlags};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use tempfile::TempDir;
+
+#[path = "machine/control.rs"]
+mod control;
 
 const UID: u32 = 100_001;
 const MAC: [u8; 6] = [2, 0, 0, 1, 0x86, 0xa1];
@@ -284,89 +284,15 @@ fn a_guest_pings_through_the_ring() {
     assert!(machine.console().contains("3 packets received"), "{}", machine.console());
 }
 
-/// Not a test: the guest's half of [`streams_go_both_ways_over_vsock`], run by its init.
-#[test]
-#[ignore = "runs inside a guest"]
-fn guest_of_the_vsock_test() {
-    if std::env::var_os("IN_GUEST").is_none() {
-        return;
-    }
-    let listener = vsock::VsockListener::bind_with_cid_port(vsock::VMADDR_CID_ANY, 808).unwrap();
-    let mut host = vsock::VsockStream::connect_with_cid_port(vsock::VMADDR_CID_HOST, 806).unwrap();
-    host.write_all(b"listening").unwrap();
-    host.shutdown(std::net::Shutdown::Write).unwrap();
-    let (mut stream, _) = listener.accept().unwrap();
-    let mut bytes = Vec::new();
-    stream.read_to_end(&mut bytes).unwrap();
-    bytes.reverse();
-    stream.write_all(&bytes).unwrap();
-    stream.shutdown(std::net::Shutdown::Both).unwrap();
-    let mut answer = String::new();
-    host.read_to_string(&mut answer).unwrap();
-    assert_eq!(answer, "that is all");
-    assert!(vsock::VsockStream::connect_with_cid_port(vsock::VMADDR_CID_HOST, 999).is_err());
-    println!("VSOCK DONE");
-}
-
-#[test]
-#[ignore = "needs KVM, SLIVER_KERNEL and /bin/busybox"]
-fn streams_go_both_ways_over_vsock() {
-    let mut machine = Machine::new("");
-    let script = "ifconfig lo up\nIN_GUEST=1 guest --ignored --exact --nocapture guest_of_the_vsock_test";
-    let itself = std::fs::read(std::env::current_exe().unwrap()).unwrap();
-    std::fs::write(machine.path("initrd"), initrd(script, &[("guest", &itself)])).unwrap();
-    machine.config.memory_mib = 192;
-    let path = machine.path("vsock.sock");
-    machine.config.vsock = Some(VsockConfig { cid: 3, path: path.clone() });
-    if rustix::process::geteuid().is_root() {
-        machine.config.jail = Some(JailConfig { uid: UID });
-        std::os::unix::fs::chown(machine.directory.path(), Some(UID), Some(UID)).unwrap();
-    }
-    let listener = UnixListener::bind(machine.path("vsock.sock_806")).unwrap();
-    std::fs::set_permissions(machine.path("vsock.sock_806"), Permissions::from_mode(0o666)).unwrap();
-    let mut child = machine.start();
-    let ending = machine.connect(&mut child);
-    ask(&ending, &Request::Wait);
-    let mut fds = [PollFd::new(&listener, PollFlags::IN), PollFd::new(&ending, PollFlags::IN)];
-    rustix::event::poll(&mut fds, None).unwrap();
-    assert!(!fds[0].revents().is_empty(), "the guest did not connect: {}", machine.console());
-    let (mut from_guest, _) = listener.accept().unwrap();
-    let mut bytes = Vec::new();
-    from_guest.read_to_end(&mut bytes).unwrap();
-    assert_eq!(bytes, b"listening");
-
-    let mut to_guest = UnixStream::connect(&path).unwrap();
-    to_guest.write_all(b"CONNECT 808\n").unwrap();
-    let mut reader = BufReader::new(to_guest.try_clone().unwrap());
-    let mut line = String::new();
-    reader.read_line(&mut line).unwrap();
-    assert!(line.starts_with("OK "), "{line:?}");
-    let sent: Vec<u8> = (0..1_000_000u32).map(|at| (at % 251) as u8).collect();
-    to_guest.write_all(&sent).unwrap();
-    to_guest.shutdown(std::net::Shutdown::Write).unwrap();
-    let mut back = Vec::new();
-    reader.read_to_end(&mut back).unwrap();
-    back.reverse();
-    assert!(back == sent, "{} bytes came back, {} were sent", back.len(), sent.len());
-    from_guest.write_all(b"that is all").unwrap();
-    drop(from_guest);
-    assert_eq!(child.wait().unwrap().code(), Some(0));
-    assert!(machine.console().contains("VSOCK DONE"), "{}", machine.console());
-}
-
 fn receive_ring(client: &UnixStream) -> RingFds {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut line = [0; 128];
-    let mut buffers = [std::io::IoSliceMut::new(&mut line)];
-    rustix::net::recvmsg(client, &mut buffers, &mut ancillary, RecvFlags::CMSG_CLOEXEC).unwrap();
-    let mut fds: Vec<OwnedFd> = Vec::new();
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(rights) = message {
-            fds.extend(rights);
-        }
-    }
-    RingFds::from_vec(fds).expect("three descriptors")
+    RingFds::from_vec(answer_with_descriptors(client).1).expect("three descriptors")
+}
+
+/// The next answer, with what came beside it.
+fn answer_with_descriptors(client: &UnixStream) -> (Response, Vec<OwnedFd>) {
+    let (mut line, mut descriptors) = ([0; 128], Vec::new());
+    let count = channel::receive(client, &mut line, &mut descriptors).unwrap();
+    (serde_json::from_slice(&line[..count]).unwrap(), descriptors)
 }
 
 /// The answer to an IPv4 ICMP echo request; none to anything else.
