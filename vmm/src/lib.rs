@@ -8,6 +8,7 @@ pub mod boot;
 pub mod control;
 pub mod cpuid;
 pub mod devices;
+pub mod entropy;
 pub mod event;
 pub mod halt;
 pub mod jail;

@@ -18,6 +18,7 @@ use std::io;
 use commonage_vmm_api::{ExitReason, Response, RunState};
 
 use crate::control::Command;
+use crate::entropy;
 use crate::machine::{CONSOLE, CONTROL, HALT, HOST, Machine};
 use crate::metrics;
 use crate::snapshot::{self, Id, State, memory, touched};
@@ -177,7 +178,7 @@ impl Machine {
             devices.push(transport.save());
         }
         let mut id = Id::default();
-        getrandom::fill(&mut id).map_err(|error| failed("name the snapshot")(&error))?;
+        entropy::fill(&mut id).map_err(|error| failed("name the snapshot")(&error))?;
         let memory_checksum = memory::save(self.vm.memory(), self.pagemap.as_ref(), memory, id)
             .and_then(|checksum| memory.sync_all().map(|()| checksum))
             .map_err(|error| failed("write the memory file")(&error))?;

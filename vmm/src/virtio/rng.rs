@@ -5,6 +5,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::segments::{Segments, split};
 use super::{Active, Chain, DeviceError, Memory, VirtioDevice};
+use crate::entropy;
 
 /// Most bytes given for one request: a guest that asks for a gibibyte gets a page.
 const MAX_REQUEST: u64 = 4096;
@@ -23,7 +24,7 @@ fn serve(memory: &Memory, chain: Chain<'_>) -> u32 {
 
 fn fill(memory: &Memory, buffer: &Segments) -> Option<u32> {
     let mut bytes = vec![0; buffer.len().min(MAX_REQUEST) as usize];
-    getrandom::fill(&mut bytes).ok()?;
+    entropy::fill(&mut bytes).ok()?;
     buffer.write(memory, &bytes)?.try_into().ok()
 }
 
