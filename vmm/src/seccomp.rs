@@ -174,6 +174,9 @@ const EVENT_LOOP: &[Call] = &[
             &[is(1, libc::F_DUPFD_CLOEXEC as u32)],
             &[is(1, libc::F_GETFL as u32)],
             &[is(1, libc::F_SETFL as u32)],
+            // The standard library's check, where debug assertions are on, that what it closes is open.
+            #[cfg(debug_assertions)]
+            &[is(1, libc::F_GETFD as u32)],
         ],
     ),
     Call(
@@ -217,6 +220,9 @@ const EVENT_LOOP: &[Call] = &[
 const VCPU: &[Call] = &[
     // KVM_RUN.
     Call(libc::SYS_ioctl, &[&[kvm_plain(0x80)]]),
+    // The standard library's check, where debug assertions are on, that what it closes is open.
+    #[cfg(debug_assertions)]
+    Call(libc::SYS_fcntl, &[&[is(1, libc::F_GETFD as u32)]]),
 ];
 
 fn compile(lists: &[&[Call]]) -> Result<Filter, FilterError> {
