@@ -19,7 +19,7 @@ use crate::error::Result;
 use crate::host_key::HostKey;
 use crate::network::Network;
 use crate::root::{self, Root};
-use crate::{files, sys};
+use crate::{files, log, sys};
 
 /// The kernel's random pool.
 const RANDOM: &str = "/dev/urandom";
@@ -28,11 +28,12 @@ const MACHINE_ID: (&str, usize) = ("/etc/machine-id", 33);
 /// The SSH host key.
 const HOST_KEY: &str = "/etc/ssh/ssh_host_ed25519_key";
 
-/// A machine that is no sliver yet: what a template is a snapshot of. Whatever it will need is open.
+/// A machine that is no sliver yet: what a template is a snapshot of. Whatever it will need is open; a device that is not there is missed only
+/// by the identity.
 pub struct Nameless {
     random: File,
-    disk: Disk,
-    network: Network,
+    disk: Option<Disk>,
+    network: Option<Network>,
 }
 
 impl Nameless {
@@ -42,8 +43,11 @@ impl Nameless {
     /// The kernel refuses, or a device is missing.
     pub fn prepare() -> Result<Self> {
         root::prepare()?;
-        let random = open_random()?;
-        Ok(Self { random, disk: Disk::find()?, network: Network::prepare()? })
+        let (random, disk, network) = (open_random()?, Disk::find(), Network::prepare());
+        for e in [disk.as_ref().err(), network.as_ref().err()].into_iter().flatten() {
+            log(format_args!("{e}; this machine can be no sliver without"));
+        }
+        Ok(Self { random, disk: disk.ok(), network: network.ok() })
     }
 
     /// Makes this machine the sliver, whose root is `root` as soon as it is in force. May be tried again when it fails.
@@ -58,13 +62,21 @@ impl Nameless {
         let root = match root.get() {
             Some(root) => root,
             None => {
-                self.disk.wait_for(identity.disk_bytes)?;
+                let disk = match &self.disk {
+                    Some(disk) => disk,
+                    None => self.disk.insert(Disk::find()?),
+                };
+                disk.wait_for(identity.disk_bytes)?;
                 let entered = root::enter()?;
                 root.get_or_init(|| entered)
             }
         };
         lay(Path::new("/"), &root.own(), identity)?;
-        Ok(self.network.configure(identity.mac, identity.address, &identity.ports)?)
+        let network = match &mut self.network {
+            Some(network) => network,
+            None => self.network.insert(Network::prepare()?),
+        };
+        Ok(network.configure(identity.mac, identity.address, &identity.ports)?)
     }
 }
 

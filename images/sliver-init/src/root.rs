@@ -23,6 +23,8 @@ use crate::{disk, log};
 const BASE: &str = "/dev/pmem0";
 /// What is mounted before there is a root, and moved to it. `/dev` and `/sys` take what is mounted in them along.
 const MOVED: [&str; 4] = ["/dev", "/proc", "/sys", "/run"];
+/// Directories in `/var/lib` that are the disk's own where the base has them: what they hold is layers of overlays, and those cannot lie on one.
+const PLAIN: [&str; 3] = ["docker", "containerd", "containers"];
 /// How long devices have to appear. They are there at once unless the kernel probes them late.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
 /// Tables that a new file system has not written yet read as zeros anyway, so no thread need write them, which would also take the node's disk.
@@ -95,6 +97,9 @@ pub fn enter() -> Result<Root> {
         make_dir(dir)?;
     }
     mount_overlay("/disk", "/root")?;
+    for name in PLAIN {
+        bind_plain(name)?;
+    }
     let disk = rustix::fs::open("/disk", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .what(|| "open the disk's top directory".into())?;
 
@@ -109,6 +114,17 @@ pub fn enter() -> Result<Root> {
     rustix::process::chdir("/").what(|| "enter /".into())?;
     clear_tmp(Path::new("/tmp")).what(|| "clear /tmp".into())?;
     Ok(Root { disk })
+}
+
+/// Gives a directory of `/var/lib` a place on the disk itself, if the base has it.
+fn bind_plain(name: &str) -> Result<()> {
+    if !Path::new("/base/var/lib").join(name).is_dir() {
+        return Ok(());
+    }
+    let (from, to) = (format!("/disk/{name}"), format!("/root/var/lib/{name}"));
+    make_dir(&from)?;
+    fs::set_permissions(&from, Permissions::from_mode(0o711)).what(|| format!("set the mode of {from}"))?;
+    rustix::mount::mount_bind(&from, &to).what(|| format!("mount {from} at {to}"))
 }
 
 /// Mounts the base with `upper` in the directory `over` on top of it.

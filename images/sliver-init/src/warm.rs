@@ -61,10 +61,10 @@ fn rehearse_root() -> Result<()> {
 
 /// Runs a process that does nothing: this program itself.
 fn rehearse_process(children: &Children) -> Result<()> {
-    let mut command = Command::new("/init");
+    let mut command = Command::new("/proc/self/exe");
     command.arg(NOTHING);
     crate::sys::in_new_session(&mut command, false);
-    let child = children.spawn(&mut command).what(|| "start /init".into())?;
+    let child = children.spawn(&mut command).what(|| "start /proc/self/exe".into())?;
     child.exit.wait();
     Ok(())
 }
