@@ -164,7 +164,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         let here = iovec { iov_base: stolen.as_mut_ptr().cast(), iov_len: stolen.len() };
         let there = iovec { iov_base: world.secret.as_ptr().cast_mut().cast(), iov_len: stolen.len() };
         each(world.neighbours, |pid| {
-            done(unsafe { process_vm_readv(pid, &raw const here, 1, &raw const there, 1, 0) })
+            done(unsafe { process_vm_readv(pid, &raw const here, 1, &raw const there, 1, 0) } as c_long)
         })
     }),
     try_to("slow a neighbour down", &[ESRCH], |world| {
