@@ -133,8 +133,10 @@ const COMMON: &[Call] = &[
     // The console's clients; vsock. To who is connected, never to an address.
     Call(libc::SYS_sendto, &[&[null(4)]]),
     Call(libc::SYS_close, &[]),
-    // Devices that a guest's register access starts or stops.
+    // Devices that a guest's register access starts or stops; a disk that is stopped waits for what is under way in its ring, which was made
+    // and restricted before.
     Call(libc::SYS_epoll_ctl, &[]),
+    Call(libc::SYS_io_uring_enter, &[]),
     // The disk's ring, which was made and restricted before: a guest that resets its disk waits for what is under way.
     Call(libc::SYS_io_uring_enter, &[]),
     // Where the clock cannot be read without the kernel.

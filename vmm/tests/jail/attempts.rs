@@ -1,5 +1,8 @@
 //! What a taken-over process tries, each as the system calls it would make. `Ok` is success, an error the number it was refused with.
-#![allow(clippy::undocumented_unsafe_blocks, reason = "raw system calls with arguments that are valid or meant to be refused")]
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "raw system calls with arguments that are valid or meant to be refused"
+)]
 
 use std::ffi::{CStr, c_long};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -206,9 +209,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         let first = sched_param { sched_priority: 1 };
         done(unsafe { sched_setscheduler(0, SCHED_FIFO, &raw const first) })
     }),
-    try_to("lock memory", &[EPERM, ENOMEM], |world| {
-        done(unsafe { mlock(world.secret.as_ptr().cast(), 16) })
-    }),
+    try_to("lock memory", &[EPERM, ENOMEM], |world| done(unsafe { mlock(world.secret.as_ptr().cast(), 16) })),
     // The host.
     try_to("learn the host's name", &[ENOENT], |_| {
         let mut name: utsname = unsafe { std::mem::zeroed() };
@@ -268,8 +269,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         done(unsafe { mprotect(page, 4096, read | execute) })
     }),
     try_to("map executable memory", &[], |_| {
-        let page =
-            unsafe { mmap(std::ptr::null_mut(), 4096, PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) };
+        let page = unsafe { mmap(std::ptr::null_mut(), 4096, PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) };
         if page == MAP_FAILED { done(-1i64) } else { Ok(()) }
     }),
     try_to("make a ring of its own", &[], |_| {

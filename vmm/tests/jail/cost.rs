@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use commonage_isolation::void::Void;
 use commonage_vmm::seccomp::Filter;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, fsconfig_create, fsmount,
-    fsopen, mount_bind, mount_change, move_mount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, fsconfig_create,
+    fsmount, fsopen, mount_bind, mount_change, move_mount,
 };
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
@@ -22,6 +22,8 @@ static ALONE: Mutex<()> = Mutex::new(());
 const MOUNTS: usize = 2000;
 const ROUNDS: usize = 15;
 const INSTANCES: usize = 500;
+/// How long nothing may have become available.
+const SETTLING: Duration = Duration::from_secs(1);
 
 /// How long a fresh process takes to build `walls`; the median of several.
 fn build_time(walls: Walls<'_>) -> Duration {
@@ -93,9 +95,22 @@ fn available() -> i64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
+/// Waits until what ended processes leave to the kernel's threads to clean up is cleaned up: until no more memory becomes available.
+fn settled() -> i64 {
+    let (mut most, mut since) = (available(), Instant::now());
+    while since.elapsed() < SETTLING {
+        std::thread::yield_now();
+        let now = available();
+        if now > most {
+            (most, since) = (now, Instant::now());
+        }
+    }
+    available()
+}
+
 /// What one of many processes takes that built something and live, KiB.
 fn memory_each(own_pids: bool, build: impl Fn() -> Result<(), i32> + Sync) -> f64 {
-    let before = available();
+    let before = settled();
     let prisoners: Vec<_> = (0..INSTANCES)
         .map(|_| {
             let (ready, told) = rustix::pipe::pipe().unwrap();
@@ -119,10 +134,13 @@ fn walls_take_little_memory() {
     let _alone = ALONE.lock().unwrap();
     let void = Void::create().unwrap();
     let (event_loop, vcpu) = (Filter::event_loop().unwrap(), Filter::vcpu().unwrap());
-    let jailed = || Walls { jail: Some((jail(UID), Some(&void))), filter: None }.build().map_err(|_| libc::EIO);
-    let unshare = |flags| move || {
-        // SAFETY: no descriptors are unshared.
-        unsafe { unshare_unsafe(flags) }.map_err(rustix::io::Errno::raw_os_error)
+    let jailed =
+        || Walls { jail: Some((jail(UID), Some(&void))), filter: None }.build().map_err(|_| libc::EIO);
+    let unshare = |flags| {
+        move || {
+            // SAFETY: no descriptors are unshared.
+            unsafe { unshare_unsafe(flags) }.map_err(rustix::io::Errno::raw_os_error)
+        }
     };
     // What the first ones take once and for all is taken here.
     memory_each(true, jailed);

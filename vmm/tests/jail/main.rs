@@ -59,8 +59,7 @@ impl Outside {
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
         let void = if jailed { Void::create().unwrap() } else { no_void() };
         let walls = |uid| Walls { jail: Some((jail(uid), Some(&void))), filter: None };
-        let neighbours =
-            [OTHER_UID, UID].map(|uid| if jailed { Some(neighbour(walls(uid))) } else { None });
+        let neighbours = [OTHER_UID, UID].map(|uid| if jailed { Some(neighbour(walls(uid))) } else { None });
         // SAFETY: no pointers are passed.
         let shared_memory = unsafe { libc::shmget(libc::IPC_PRIVATE, 4096, libc::IPC_CREAT | 0o666) };
         let world = World {

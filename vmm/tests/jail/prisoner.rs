@@ -146,7 +146,15 @@ pub fn forever() -> ! {
     let word = std::sync::atomic::AtomicU32::new(0);
     loop {
         // SAFETY: the word is valid; nobody wakes it.
-        unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, 0, std::ptr::null::<libc::timespec>()) };
+        unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                word.as_ptr(),
+                libc::FUTEX_WAIT,
+                0,
+                std::ptr::null::<libc::timespec>(),
+            )
+        };
     }
 }
 
