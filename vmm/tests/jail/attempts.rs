@@ -155,6 +155,9 @@ pub const ATTEMPTS: &[Attempt] = &[
     try_to("kill a neighbour", &[ESRCH], |world| {
         each(world.neighbours, |pid| done(unsafe { kill(pid, SIGKILL) }))
     }),
+    try_to("kill a neighbour's thread", &[ESRCH], |world| {
+        each(world.neighbours, |pid| done(unsafe { syscall(SYS_tgkill, pid, pid, SIGKILL) }))
+    }),
     try_to("kill everybody", &[ESRCH], |_| done(unsafe { kill(-1, SIGKILL) })),
     try_to("hold a neighbour by a pidfd", &[ESRCH], |world| {
         each(world.neighbours, |pid| done(unsafe { syscall(SYS_pidfd_open, pid, 0) }))

@@ -215,7 +215,7 @@ fn the_signal_that_the_filter_leaves_reaches_nobody() {
     let fate = attempt(walls, || {
         let [first, second] = outside.world.neighbours.map(|pid| {
             // SAFETY: no pointers are passed.
-            match unsafe { libc::syscall(libc::SYS_tgkill, pid, pid, libc::SIGKILL) } {
+            match unsafe { libc::syscall(libc::SYS_tgkill, pid, pid, libc::SIGRTMIN()) } {
                 0 => Ok(()),
                 _ => Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)),
             }
