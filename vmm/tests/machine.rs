@@ -219,6 +219,23 @@ fn control_tells_status_and_end_and_privileges_are_gone() {
         for set in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
             assert_eq!(field(set), ["0000000000000000"], "{set}");
         }
+        let proc = PathBuf::from(format!("/proc/{}", child.id()));
+        assert_eq!(std::fs::read_dir(proc.join("root/")).unwrap().count(), 0, "its root is not empty");
+        for namespace in ["user", "mnt", "net", "ipc", "uts"] {
+            let of = |process: &Path| std::fs::read_link(process.join("ns").join(namespace)).unwrap();
+            assert_ne!(of(&proc), of(Path::new("/proc/self")), "{namespace}");
+        }
+        for descriptor in std::fs::read_dir(proc.join("fd")).unwrap() {
+            let open = std::fs::read_link(descriptor.unwrap().path()).unwrap();
+            assert!(!open.is_dir() && !open.starts_with("/proc/self"), "a way out: {}", open.display());
+        }
+    }
+    // The event loop and one processor, each under a filter of its own.
+    let threads = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
+    let threads: Vec<_> = threads.map(|thread| thread.unwrap().path().join("status")).collect();
+    assert_eq!(threads.len(), 2);
+    for thread in threads {
+        assert!(std::fs::read_to_string(thread).unwrap().contains("\nSeccomp:\t2\n"));
     }
 
     ask(&client, &Request::Stop { grace_ms: 0 });

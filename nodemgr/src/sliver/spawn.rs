@@ -70,3 +70,39 @@ fn void() -> io::Result<&'static Void> {
     // Two first machines at once make two voids; one is dropped.
     Ok(VOID.get_or_init(|| void))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Seek as _};
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    #[ignore = "needs root"]
+    async fn it_is_process_1_of_its_namespace_and_inherits_the_void_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("program");
+        let said = "echo $$ $*; ls -l /proc/self/fd; set; exit 7";
+        std::fs::write(&program, format!("#!/bin/sh\n{said}\n")).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let mut log = tempfile::tempfile().unwrap();
+        for _ in 0..2 {
+            log.set_len(0).unwrap();
+            let mut child =
+                spawn(&program, Path::new("/machine.json"), None, log.try_clone().unwrap()).unwrap();
+            assert_eq!(child.wait().await.unwrap().code(), Some(7));
+            let mut text = String::new();
+            log.rewind().unwrap();
+            log.read_to_string(&mut text).unwrap();
+            assert!(text.starts_with("1 run --config /machine.json --void "), "{text}");
+            let inherited: Vec<_> = text.lines().filter_map(|line| line.split_once(" -> ")).collect();
+            let namespaces = |kind: &str| inherited.iter().filter(|(_, to)| to.starts_with(kind)).count();
+            assert_eq!((namespaces("mnt:["), namespaces("net:[")), (1, 1), "{text}");
+            assert!(!text.contains("HOME="), "{text}");
+        }
+        // The node manager itself, and its other children, stay where they were.
+        let output = std::process::Command::new("/bin/sh").args(["-c", "echo $$"]).output().unwrap();
+        assert_ne!(output.stdout, b"1\n");
+    }
+}

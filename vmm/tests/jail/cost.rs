@@ -147,11 +147,9 @@ fn walls_take_little_memory() {
     let bare = memory_each(false, || Ok(()));
     println!("a bare process: {bare:.1} KiB");
     println!("+ pid namespace: {:.1} KiB", memory_each(true, || Ok(())) - bare);
-    for (name, flags) in [
-        ("user", UnshareFlags::NEWUSER),
-        ("ipc", UnshareFlags::NEWIPC),
-        ("uts", UnshareFlags::NEWUTS),
-    ] {
+    for (name, flags) in
+        [("user", UnshareFlags::NEWUSER), ("ipc", UnshareFlags::NEWIPC), ("uts", UnshareFlags::NEWUTS)]
+    {
         println!("+ {name} namespace: {:.1} KiB", memory_each(false, unshare(flags)) - bare);
     }
     let in_void = memory_each(false, || {
