@@ -281,3 +281,58 @@ fn a_person_can_ask_and_tell_a_machine() {
     let (status, said) = ctl(&machine, &["status"]);
     assert!(status == Some(1) && said.contains("is the machine running"), "{said}");
 }
+
+/// Not a test: the guest's half of the one below. It goes on twice: once where it was, and once in a machine that started from its snapshot.
+#[test]
+#[ignore = "runs inside a guest"]
+fn guest_that_is_saved() {
+    if !in_guest() {
+        return;
+    }
+    let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, 808).unwrap();
+    let mut host = connect_to_host(5000);
+    host.write_all(b"ready").unwrap();
+    let mut word = [0; 5];
+    match host.read_exact(&mut word) {
+        Ok(()) => println!("IT WENT ON: {}", String::from_utf8_lossy(&word)),
+        Err(error) => println!("IT WAS RESET: {:?}", error.kind()),
+    }
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.write_all(b"I listen still").unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    // Until the host has read it: afterwards the machine ends as if its power were cut.
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+#[ignore = "needs KVM, SLIVER_KERNEL and /bin/busybox"]
+fn a_saved_machine_keeps_its_streams_and_one_restored_from_it_is_told_that_they_are_gone() {
+    let mut machine = machine_with_guest("guest_that_is_saved", "");
+    let snapshot = machine.path("snapshot");
+    let goes_on = |machine: &Machine, mut child: Child, with: &str| {
+        let mut said = String::new();
+        connect_to_guest(machine, 808).read_to_string(&mut said).unwrap();
+        assert_eq!(said, "I listen still", "{}", machine.console());
+        assert_eq!(child.wait().unwrap().code(), Some(0));
+        assert!(machine.console().contains(with), "{}", machine.console());
+        std::fs::remove_file(machine.path("console.log")).unwrap();
+    };
+    let mut child = machine.start();
+    let accepting = machine.connect(&mut child);
+    ask(&accepting, &Request::Accept);
+    let mut from_guest = accept(&accepting, &machine).1;
+    let mut ready = [0; 5];
+    from_guest.read_exact(&mut ready).unwrap();
+    assert_eq!(ctl(&machine, &["pause"]), (Some(0), "done\n".into()));
+    assert!(ctl(&machine, &["status"]).1.starts_with("paused"));
+    assert_eq!(ctl(&machine, &["snapshot", snapshot.to_str().unwrap()]), (Some(0), "done\n".into()));
+    assert_eq!(ctl(&machine, &["resume"]), (Some(0), "done\n".into()));
+    from_guest.write_all(b"go on").unwrap();
+    goes_on(&machine, child, "IT WENT ON: go on");
+
+    let file = |name| snapshot.join(name);
+    machine.config.start = Start::Restore { state: file("state"), memory: file("memory"), prefault: None };
+    let mut child = machine.start();
+    drop(machine.connect(&mut child)); // its sockets are there
+    goes_on(&machine, child, "IT WAS RESET: ConnectionReset");
+}

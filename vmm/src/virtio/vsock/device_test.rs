@@ -234,29 +234,47 @@ fn a_restored_guest_is_told_that_its_streams_are_gone_and_one_without_any_is_not
     let saved = world.device.save();
     assert_eq!(saved, [1]);
 
-    let mut clone = World::new();
     let room = BUFFERS + 0x3_0000;
-    clone.memory.write_obj(u32::MAX, GuestAddress(room)).unwrap();
+    let offer = |world: &mut World| {
+        world.memory.write_obj(u32::MAX, GuestAddress(room)).unwrap();
+        world.event.offer(&world.memory, &[(room, 4)], WRITABLE);
+    };
+    let mut clone = World::new();
+    offer(&mut clone);
     clone.device.restore(&[0]).unwrap();
-    clone.event.offer(&clone.memory, &[(room, 4)], WRITABLE);
     clone.device.queue_event(EVENT).unwrap();
     assert_eq!(clone.event.used(&clone.memory).0, 0);
-    // There is room already, then there is none until the driver makes some.
+
+    // There is room for two; one is enough, both are taken.
+    offer(&mut clone);
     clone.device.restore(&saved).unwrap();
-    assert_eq!(clone.event.used(&clone.memory), (1, 4));
+    assert_eq!(clone.event.used(&clone.memory), (2, 0));
     assert_eq!(clone.memory.read_obj::<u32>(GuestAddress(room)).unwrap(), 0);
     assert_ne!(clone.line.read().unwrap(), 0);
-    clone.device.restore(&saved).unwrap();
-    assert_eq!(clone.device.save(), [1], "it still has to be told");
-    clone.event.offer(&clone.memory, &[(room, 4)], WRITABLE);
+    assert_eq!(clone.device.save(), [1], "it still has to hear it");
+    // Who connects meanwhile waits until the guest has reset what it had.
+    let (ours, _host) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    clone.device.connect(ours.into(), 808).unwrap();
+    assert_eq!(clone.receive(&[4096]).0, 0);
     clone.device.queue_event(EVENT).unwrap();
-    assert_eq!(clone.event.used(&clone.memory), (2, 4));
-    assert_eq!(clone.device.save(), [0]);
-    // Once is enough, and nonsense is none.
-    clone.event.offer(&clone.memory, &[(room, 4)], WRITABLE);
+    assert_eq!(clone.receive(&[4096]).0, 0, "a spurious kick says nothing");
+    offer(&mut clone);
     clone.device.queue_event(EVENT).unwrap();
-    clone.device.restore(&[]).unwrap();
-    assert_eq!(clone.event.used(&clone.memory).0, 2);
+    assert_eq!(clone.event.used(&clone.memory).0, 2, "its buffer stays there for the next time");
+    assert_eq!(clone.rx.used(&clone.memory).0, 1);
+    let mut bytes = [0; Header::SIZE];
+    clone.memory.read_slice(&mut bytes, GuestAddress(BUFFERS + 0x2_0000)).unwrap();
+    assert_eq!(Header::parse(&bytes).op, Op::Request as u16);
+
+    // A driver that has not made room is told when it does. Nonsense is no loss.
+    let mut late = World::new();
+    late.device.restore(&saved).unwrap();
+    offer(&mut late);
+    late.device.queue_event(EVENT).unwrap();
+    assert_eq!(late.event.used(&late.memory), (1, 4));
+    late.device.restore(&[]).unwrap();
+    assert_eq!(late.device.save(), [0]);
 }
 
 #[test]

@@ -11,7 +11,8 @@
 //! the muxer's own, which is the only descriptor that the event loop sees.
 //!
 //! A machine that is restored has none of the streams that the saved one had: if there were any, the guest is told so on the event queue
-//! (TRANSPORT_RESET, 5.10.6.7), resets them, and goes on listening.
+//! (TRANSPORT_RESET, 5.10.6.7), resets them, and goes on listening. It gets no packet before it has done so: Linux resets every stream that it has
+//! at that moment, new ones as well.
 //!
 //! Streams only: neither SEQPACKET nor datagrams are offered.
 #![forbid(unsafe_code)]
@@ -92,8 +93,18 @@ pub struct Vsock {
     guest_cid: u64,
     muxer: Muxer,
     active: Option<Active>,
-    /// The guest is to be told that its streams are gone.
-    forgotten: bool,
+    loss: Loss,
+}
+
+/// Whether the guest has streams that no longer exist.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Loss {
+    /// It has none.
+    None,
+    /// It has, and is to be told.
+    Untold,
+    /// It was told, and has all its event buffers to give back once it has reset them.
+    Told,
 }
 
 impl Vsock {
@@ -104,7 +115,7 @@ impl Vsock {
         }
         let guest_cid = u64::from(config.cid);
         let muxer = Muxer::new(guest_cid, &config.path)?;
-        Ok(Self { guest_cid, muxer, active: None, forgotten: false })
+        Ok(Self { guest_cid, muxer, active: None, loss: Loss::None })
     }
 
     /// The guest's connections to ports of the host go to `accepter` from now on.
@@ -141,27 +152,46 @@ impl Vsock {
         })
     }
 
-    /// Tells the guest that its streams are gone, as soon as it has made room for that.
-    fn tell_forgotten(&mut self) -> Result<(), DeviceError> {
-        let Self { active: Some(active), forgotten, .. } = self else { return Ok(()) };
-        while *forgotten {
-            let Some(chain) = pop(&mut active.queues, &active.memory, EVENT)? else {
-                if refilled_meanwhile(active, EVENT)? { continue } else { break }
-            };
-            let head = chain.head_index();
-            let written = match split(chain) {
-                Ok((_, room)) => room.write(&active.memory, &TRANSPORT_RESET).unwrap_or(0),
-                Err(_) => 0,
-            };
-            active.add_used(EVENT, head, written as u32)?;
-            // A guest that offers too little room is told no more.
-            *forgotten = false;
+    /// Tells the guest that its streams are gone, as soon as it has made room for that; sees later that it has reset them.
+    fn tell_loss(&mut self) -> Result<(), DeviceError> {
+        let Self { active: Some(active), loss, .. } = self else { return Ok(()) };
+        match *loss {
+            Loss::None => return Ok(()),
+            // All buffers are taken, those not needed come back empty: the next one that is there says that the guest is done.
+            Loss::Untold => {
+                for _ in 0..QUEUE_SIZES[EVENT] {
+                    let Some(chain) = pop(&mut active.queues, &active.memory, EVENT)? else { break };
+                    let head = chain.head_index();
+                    let event = if *loss == Loss::Untold { &TRANSPORT_RESET[..] } else { &[] };
+                    let written = split(chain).ok().and_then(|(_, room)| room.write(&active.memory, event));
+                    *loss = Loss::Told;
+                    active.add_used(EVENT, head, written.unwrap_or(0) as u32)?;
+                }
+                active.signal_used(EVENT)?;
+            }
+            Loss::Told => {
+                if pop(&mut active.queues, &active.memory, EVENT)?.is_some() {
+                    *loss = Loss::None;
+                    if let Some(ring) = active.queues.get_mut(EVENT) {
+                        ring.go_to_previous_position();
+                    }
+                    return Ok(());
+                }
+            }
         }
-        active.signal_used(EVENT)
+        if refilled_meanwhile(active, EVENT)?
+            && let Some(kick) = active.kicks.get(EVENT)
+        {
+            let _ = kick.write(1); // fails only if the counter is full: kicked already
+        }
+        Ok(())
     }
 
     /// Gives the guest what there is for it, as far as it has made room.
     fn give_to_guest(&mut self, now: Instant) -> Result<(), DeviceError> {
+        if self.loss != Loss::None {
+            return Ok(());
+        }
         let Self { active: Some(active), muxer, .. } = self else { return Ok(()) };
         let mut payload = Vec::new();
         // As in `Active::drain`: a guest that makes room as fast as it is used must not hold the event loop.
@@ -275,23 +305,24 @@ impl VirtioDevice for Vsock {
             let _ = active.poller.remove(self.muxer.epoll());
         }
         self.muxer.reset();
-        self.forgotten = false;
+        self.loss = Loss::None;
     }
 
     /// Whether there are streams, one byte.
     fn save(&self) -> Vec<u8> {
-        vec![u8::from(self.forgotten || self.muxer.is_known_to_guest())]
+        vec![u8::from(self.loss != Loss::None || self.muxer.is_known_to_guest())]
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), DeviceError> {
-        self.forgotten = state.first().is_some_and(|existed| *existed != 0);
-        self.tell_forgotten()
+        let existed = state.first().is_some_and(|existed| *existed != 0);
+        self.loss = if existed { Loss::Untold } else { Loss::None };
+        self.tell_loss()
     }
 
     fn queue_event(&mut self, queue: usize) -> Result<(), DeviceError> {
         let now = Instant::now();
         match queue {
-            EVENT => return self.tell_forgotten(),
+            EVENT => self.tell_loss()?,
             TX => self.take_from_guest()?,
             _ => {}
         }
