@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use commonage_vmm::jail::inherited;
+use commonage_vmm::jail::{allocator, inherited};
 use commonage_vmm::machine::{Machine, MachineError};
 use commonage_vmm_api::{
     DiskConfig, ExitReason, JailConfig, MachineConfig, NetConfig, RateLimit, Start, VsockConfig,
@@ -95,6 +95,7 @@ pub fn run(arguments: Arguments) -> ExitCode {
 }
 
 fn machine(arguments: Arguments) -> Result<ExitReason, MachineError> {
+    allocator::one_arena();
     let void = inherited::take(arguments.void)
         .map_err(|source| MachineError::Host { what: "take over inherited descriptors", source })?;
     Machine::new(&arguments.config()?)?.run(void)

@@ -13,6 +13,7 @@
 //! It takes the same time whatever else the host has mounted if it is given a [`Void`] to step into. The system calls that are left
 //! are [`seccomp`](crate::seccomp)'s matter. Where namespaces are shared, and why: `docs/decisions/`.
 
+pub mod allocator;
 pub mod inherited;
 
 use std::fs::File;
@@ -177,6 +178,17 @@ fn drop_capabilities() -> Result<(), JailError> {
     let empty = CapabilitySet::empty();
     let none = CapabilitySets { effective: empty, permitted: empty, inheritable: empty };
     rustix::thread::set_capabilities(None, none).map_err(refused("capabilities"))
+}
+
+/// Opens a file without using any capability. What a file of `/proc` tells later depends on who opened it: whoever opens `pagemap` with
+/// capabilities is told where in the machine's memory pages are.
+pub fn open_without_capabilities(path: &str) -> io::Result<File> {
+    let before = rustix::thread::capabilities(None)?;
+    let without = CapabilitySets { effective: CapabilitySet::empty(), ..before };
+    rustix::thread::set_capabilities(None, without)?;
+    let file = File::open(path);
+    rustix::thread::set_capabilities(None, before)?;
+    file
 }
 
 /// Lowers a limit, which is never raised again.

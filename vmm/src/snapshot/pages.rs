@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+use crate::jail::open_without_capabilities;
 use crate::virtio::Memory;
 
 /// Size of a page, bytes.
@@ -27,9 +28,9 @@ const FILE: u64 = 1 << 61;
 pub struct Pagemap(File);
 
 impl Pagemap {
-    /// Of this process.
+    /// Of this process. It does not tell where pages are in the host's memory.
     pub fn open() -> io::Result<Self> {
-        File::open("/proc/self/pagemap").map(Self)
+        open_without_capabilities("/proc/self/pagemap").map(Self)
     }
 
     /// For each of up to [`BATCH`] pages from `address` on, whether this process alone has it.

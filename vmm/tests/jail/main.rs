@@ -254,6 +254,24 @@ fn from_outside_a_jail_looks_locked() {
 }
 
 #[test]
+#[ignore = "needs root"]
+fn where_pages_are_in_the_hosts_memory_is_not_told() {
+    let page = Box::new([1u8; 8192]);
+    let entry = |pagemap: File| {
+        let mut entry = [0; 8];
+        let address = (&raw const *page) as u64 + 4096;
+        pagemap.read_exact_at(&mut entry, address / 4096 * 8).unwrap();
+        u64::from_ne_bytes(entry)
+    };
+    let frame = |entry: u64| entry & ((1 << 55) - 1);
+    let present = 1 << 63;
+    let told = entry(File::open("/proc/self/pagemap").unwrap());
+    assert!(told & present != 0 && frame(told) != 0, "root is told");
+    let told = entry(commonage_vmm::jail::open_without_capabilities("/proc/self/pagemap").unwrap());
+    assert!(told & present != 0 && frame(told) == 0, "{told:#x}");
+}
+
+#[test]
 fn a_process_without_a_jail_still_gains_nothing_and_is_not_traced() {
     let walls = Walls { jail: Some((Jail { uid: None, threads: 1, file_bytes: 1 }, None)), filter: None };
     let prisoner = Prisoner::born(false, || {
