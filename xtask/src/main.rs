@@ -13,6 +13,8 @@ use commonage_images::{Context, packages, progress};
 
 mod demo;
 mod test;
+#[cfg(test)]
+mod threat_model;
 
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", about = "Builds, tests and shows Commonage.", disable_help_subcommand = true)]

@@ -1,8 +1,8 @@
 //! The C library's allocator, made fit for the jail: one arena for all threads. By default every thread gets an arena of its own, for which the
 //! library opens files (how many processors are there, may a heap shrink) at a time of its choosing, and which costs memory.
 
-/// Must be called before the second thread is started.
+/// For threads that are started from now on.
 pub fn one_arena() {
-    // SAFETY: no pointers are passed, and the process has one thread. It can fail only for arguments that make no sense.
+    // SAFETY: no pointers are passed, and the library takes its lock. It fails only for arguments that make no sense.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }

@@ -27,42 +27,53 @@ impl FromStr for Numbers {
     }
 }
 
-/// Closes what was inherited, and takes the void's descriptors, if there are any. Must be called first of all in the process, and once: it takes
-/// every descriptor above 2 for inherited.
+/// Closes what was inherited, but for the void's descriptors, if there are any: those are taken.
 ///
 /// # Errors
-/// The void's descriptors are not open, or the kernel is older than 5.9.
+/// The void's descriptors were not inherited, or there is no `/proc`.
 pub fn take(void: Option<Numbers>) -> io::Result<Option<Void>> {
-    let mut keep = void.map_or_else(Vec::new, |Numbers { mounts, network }| vec![mounts, network]);
-    keep.sort_unstable();
-    let mut first = 3;
-    for kept in keep {
-        close(first, kept - 1)?;
-        first = kept + 1;
+    let kept = void.map(|Numbers { mounts, network }| [mounts, network]);
+    for number in inherited()? {
+        if kept.is_none_or(|kept| !kept.contains(&number)) {
+            // Owned, and so closed.
+            own(number)?;
+        }
     }
-    close(first, RawFd::MAX)?;
-    let Some(Numbers { mounts, network }) = void else { return Ok(None) };
+    let Some([mounts, network]) = kept else { return Ok(None) };
     Ok(Some(Void::from_parts(own(mounts)?, own(network)?)))
 }
 
-fn close(first: RawFd, last: RawFd) -> io::Result<()> {
-    if first > last {
-        return Ok(());
+/// The descriptors that survived an exec, standard ones aside.
+fn inherited() -> io::Result<Vec<RawFd>> {
+    let mut numbers = Vec::new();
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        let number = entry?.file_name().to_str().and_then(|name| name.parse().ok());
+        numbers.extend(number.filter(|number| *number > 2 && survives_exec(*number).is_ok_and(|it| it)));
     }
-    // SAFETY: the process has just begun (see `take`): no value in it owns a descriptor above 2.
-    match unsafe { libc::close_range(first as libc::c_uint, last as libc::c_uint, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+    Ok(numbers)
+}
+
+fn survives_exec(number: RawFd) -> io::Result<bool> {
+    // SAFETY: asks only; a descriptor that is not open is an error.
+    match unsafe { libc::fcntl(number, libc::F_GETFD) } {
+        -1 => Err(io::Error::last_os_error()),
+        flags => Ok(flags & libc::FD_CLOEXEC == 0),
     }
 }
 
+/// Takes an inherited descriptor, once.
 fn own(number: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: no value owns it (see `take`), and it is open, or this fails.
-    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
-        return Err(io::Error::last_os_error());
+    if !survives_exec(number)? {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("descriptor {number} was not inherited"),
+        ));
     }
-    // SAFETY: it is open, and `take` does this once for each number, which differ.
-    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+    // SAFETY: it is open and would survive an exec. Whatever this process opens itself (the standard library, rustix, KVM's crates) closes on
+    // exec, so this one was inherited, and no value owns it: an owner is made only here, of a descriptor that closes on exec from then on.
+    let owned = unsafe { OwnedFd::from_raw_fd(number) };
+    rustix::io::fcntl_setfd(&owned, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(owned)
 }
 
 #[cfg(test)]
@@ -75,5 +86,14 @@ mod tests {
         for bad in ["", "3", "3,", "3,3", "2,3", "3,4,5", "-1,4", "a,b"] {
             assert!(bad.parse::<Numbers>().is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn what_this_process_opened_itself_is_not_taken() {
+        use std::os::fd::AsRawFd as _;
+        let file = std::fs::File::open("/proc/self/status").unwrap();
+        assert!(!inherited().unwrap().contains(&file.as_raw_fd()));
+        assert!(own(file.as_raw_fd()).is_err());
+        assert!(own(1_000_000).is_err());
     }
 }
