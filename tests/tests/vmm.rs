@@ -1,4 +1,5 @@
-//! The tests of whole sliver machines (`vmm/tests/machine.rs`) need a KVM that can run Linux: here they get one, inside an emulated machine.
+//! The tests of whole sliver machines (`vmm/tests/machine.rs`) need a KVM that can run Linux: here they get one, inside an emulated machine. Those of
+//! the machines' jail (`vmm/tests/jail`) are run here too, on a node's own kernel.
 
 mod common;
 
@@ -6,38 +7,52 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use commonage_images::Context;
+use commonage_images::{Context, Images};
 use commonage_testbed::nested;
 use serde_json::Value;
 
 const COMMAND: &str =
     "SLIVER_KERNEL=/vmlinux SLIVER_VMM=/bin/sliver-vmm machine --ignored --test-threads=1 --color=never";
+const JAIL_COMMAND: &str = "jail --ignored --test-threads=1 --color=never --skip walls_take_little_memory";
 
 #[test]
 #[ignore = "needs QEMU and images: cargo xtask test"]
 fn sliver_machines_pass_their_tests() {
     let images = common::images().unwrap();
-    let (machine, vmm) = (build().unwrap(), images.binary("sliver-vmm"));
+    let (machine, vmm) = (build("machine").unwrap(), images.binary("sliver-vmm"));
     let files: [(&str, &Path); 3] =
         [("/bin/machine", &machine), ("/bin/sliver-vmm", &vmm), ("/vmlinux", &images.sliver_kernel)];
-    let said = nested::run(&images, &files, COMMAND).unwrap_or_else(|error| panic!("{error:#}"));
+    // What a filter does not know ends the process; which call it was, the kernel's log tells.
+    passes(&images, &files, &format!("{COMMAND} || {{ dmesg | grep type=1326; false; }}"));
+}
+
+#[test]
+#[ignore = "needs QEMU and images: cargo xtask test"]
+fn jails_hold_on_a_nodes_kernel() {
+    let images = common::images().unwrap();
+    let jail = build("jail").unwrap();
+    passes(&images, &[("/bin/jail", &jail)], JAIL_COMMAND);
+}
+
+fn passes(images: &Images, files: &[(&str, &Path)], command: &str) {
+    let said = nested::run(images, files, command).unwrap_or_else(|error| panic!("{error:#}"));
     let result = said.lines().find_map(|line| line.trim().strip_prefix("test result: ok. "));
     let result = result.unwrap_or_else(|| panic!("the test runner did not say how it went:\n{said}"));
     println!("{said}");
     assert!(!result.starts_with("0 passed"), "no test was run:\n{said}");
 }
 
-/// The test binary of `vmm/tests/machine.rs`. Of the whole workspace, so that what it depends on is built as `cargo test --workspace` did.
-fn build() -> Result<PathBuf> {
+/// The test binary of `vmm/tests/TARGET`. Of the whole workspace, so that what it depends on is built as `cargo test --workspace` did.
+fn build(target: &str) -> Result<PathBuf> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(Context::from_env()?.workspace);
-    cargo.args(["test", "--workspace", "--test", "machine", "--no-run"]);
+    cargo.args(["test", "--workspace", "--test", target, "--no-run"]);
     cargo.arg("--message-format=json-render-diagnostics");
     let output = cargo.stderr(std::process::Stdio::inherit()).output()?;
     ensure!(output.status.success(), "cargo test --no-run: {}", output.status);
     let messages = output.stdout.split(|byte| *byte == b'\n');
     let built = messages.filter_map(|line| serde_json::from_slice::<Value>(line).ok()).find_map(|m| {
-        (m["target"]["name"] == "machine").then(|| m["executable"].as_str().map(PathBuf::from))?
+        (m["target"]["name"] == target).then(|| m["executable"].as_str().map(PathBuf::from))?
     });
     built.context("cargo does not name the test's executable")
 }
