@@ -1,4 +1,5 @@
-//! `sliver-vmm`: one process, one sliver's virtual machine (`run`), and a client of such a process's control socket (`ctl`).
+//! `sliver-vmm`: one process, one sliver's virtual machine (`run`), a client of such a process's control socket
+//! (`ctl`), and one of its guest's ports (`connect`).
 #![forbid(unsafe_code)]
 
 mod cli;
@@ -27,11 +28,13 @@ struct Arguments {
 enum Command {
     Run(Box<cli::run::Arguments>),
     Ctl(cli::ctl::Arguments),
+    Connect(cli::connect::Arguments),
 }
 
 fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Run(arguments) => cli::run::run(*arguments),
         Command::Ctl(arguments) => cli::ctl::run(arguments),
+        Command::Connect(arguments) => cli::connect::run(arguments),
     }
 }

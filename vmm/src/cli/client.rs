@@ -13,7 +13,7 @@ use commonage_vmm_api::{Request, Response};
 pub enum ClientError {
     /// Nobody listens.
     #[error(
-        "cannot connect to {path}: {source}; is the machine running, with --control {path}, and are you root?"
+        "cannot connect to {path}: {source}; is the machine running, was it given this socket, and are you root?"
     )]
     Connect {
         /// The socket.

@@ -2,12 +2,15 @@
 //! the machine need not reach them.
 
 use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
+use commonage_vmm::control::channel;
 use commonage_vmm_api::{Request, Response};
 
 use super::client::{Client, ClientError};
@@ -73,6 +76,8 @@ enum Command {
     },
     /// Makes this terminal the machine's console; Ctrl-] detaches
     Console,
+    /// Accepts the guest's vsock connections to the host in the place of who does so now, and prints what they say
+    Accept,
     /// Waits for the machine's end, and tells why
     Wait,
 }
@@ -84,8 +89,8 @@ pub fn run(arguments: Arguments) -> ExitCode {
         Ok(None) => ExitCode::SUCCESS,
         Ok(Some(response)) => {
             match serde_json::to_string(&response) {
-                Ok(text) if json => println!("{text}"),
-                _ => println!("{}", show::response(&response)),
+                Ok(text) if json => show::print(&text),
+                _ => show::print(&show::response(&response)),
             }
             match response {
                 Response::Exited { reason, .. } => ExitCode::from(reason.code() as u8),
@@ -94,7 +99,7 @@ pub fn run(arguments: Arguments) -> ExitCode {
         }
         Err(error) => {
             match serde_json::to_string(&Response::Error { message: error.to_string() }) {
-                Ok(text) if json => println!("{text}"),
+                Ok(text) if json => show::print(&text),
                 _ => eprintln!("sliver-vmm: {error}"),
             }
             ExitCode::FAILURE
@@ -127,6 +132,10 @@ fn execute(socket: &Path, command: Command) -> Result<Option<Response>, ClientEr
                 other => return Err(ClientError::Unexpected(format!("{other:?}"))),
             }
         }
+        Command::Accept => {
+            client.send(&Request::Accept, &[])?;
+            return accept(client.into_parts().1);
+        }
         Command::Console => {
             match client.ask(&Request::Console, &[])? {
                 Response::Console => {}
@@ -150,6 +159,37 @@ fn snapshot(client: &mut Client, directory: &Path) -> Result<Response, ClientErr
     memory.finish()?;
     state.finish()?;
     Ok(response)
+}
+
+/// Prints what the guest's connections say, each with its port before its lines, until the machine ends or another client accepts.
+fn accept(stream: UnixStream) -> Result<Option<Response>, ClientError> {
+    loop {
+        let (mut line, mut descriptors) = (vec![0; 4096], Vec::new());
+        let count = channel::receive(&stream, &mut line, &mut descriptors).map_err(ClientError::Broken)?;
+        if count == 0 {
+            return Ok(None);
+        }
+        match serde_json::from_slice(line.get(..count).unwrap_or_default()) {
+            Ok(Response::Connection { port }) => {
+                show::print(&format!("{port}: connected"));
+                for connection in descriptors {
+                    std::thread::spawn(move || print_lines(port, connection.into()));
+                }
+            }
+            Ok(Response::Error { message }) => return Err(ClientError::Refused(message)),
+            _ => return Err(ClientError::Unexpected(String::from_utf8_lossy(&line).into_owned())),
+        }
+    }
+}
+
+fn print_lines(port: u32, connection: UnixStream) {
+    let mut reader = BufReader::new(connection);
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
+        show::print(&format!("{port}: {}", String::from_utf8_lossy(&line).trim_end()));
+        line.clear();
+    }
+    show::print(&format!("{port}: ended"));
 }
 
 /// A file that has its name only once it is whole: machines that run from an old snapshot of the same name keep theirs.

@@ -1,6 +1,7 @@
 //! What is typed.
 
 pub mod client;
+pub mod connect;
 pub mod ctl;
 pub mod run;
 pub mod show;

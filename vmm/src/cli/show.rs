@@ -1,6 +1,7 @@
 //! Answers as people read them.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::Write as _;
 
 use commonage_vmm_api::{ExitReason, Metrics, Response, RunState};
 
@@ -39,12 +40,34 @@ pub fn reason(reason: &ExitReason) -> String {
     }
 }
 
-/// The last ten lines, without what would move the cursor.
+/// The last ten lines.
 fn last_lines(console: &str) -> String {
     let lines: Vec<&str> = console.lines().collect();
     let lines = lines.get(lines.len().saturating_sub(10)..).unwrap_or_default();
-    let printable = |line: &&str| line.chars().filter(|c| !c.is_control() || *c == '\t').collect::<String>();
-    lines.iter().map(printable).map(|line| format!("  {line}")).collect::<Vec<_>>().join("\n")
+    lines.iter().map(|line| format!("  {}", printable(line))).collect::<Vec<_>>().join("\n")
+}
+
+/// Without control characters and sequences (ECMA-48): the guest's words shall not move the reader's cursor.
+fn printable(line: &str) -> String {
+    let mut rest = line.chars();
+    let mut text = String::new();
+    while let Some(c) = rest.next() {
+        if c == '\u{1b}' {
+            if rest.as_str().starts_with('[') {
+                // Parameters, then one final character.
+                rest.next();
+                rest.by_ref().find(|c| ('@'..='~').contains(c));
+            }
+        } else if c == '\t' || !c.is_control() {
+            text.push(c);
+        }
+    }
+    text
+}
+
+/// Prints a line. Who reads only the first of many (`head`) is no reason to complain.
+pub fn print(text: &str) {
+    let _ = writeln!(std::io::stdout().lock(), "{text}");
 }
 
 fn metrics_table(metrics: &Metrics) -> String {
@@ -90,9 +113,9 @@ mod tests {
     fn answers_read_as_sentences() {
         let status = Response::Status { pid: 1, uptime_ms: 61_250, state: RunState::Paused };
         assert_eq!(response(&status), "paused, process 1 (in its own pid namespace), up 61.2 s");
-        let console = "one\r\n\u{1b}[2Jtwo\n".to_owned();
+        let console = "one\r\n\u{1b}[2;3Htwo\u{1b}[6n\u{7}\u{1b}\n".to_owned();
         let exited = Response::Exited { reason: ExitReason::Panic, console };
-        assert_eq!(response(&exited), "the guest's kernel panicked; its console said last:\n  one\n  [2Jtwo");
+        assert_eq!(response(&exited), "the guest's kernel panicked; its console said last:\n  one\n  two");
         let metrics = Metrics { private_kib: 7, guest_free_kib: Some(9), ..Metrics::default() };
         let table = response(&Response::Metrics(Box::new(metrics)));
         assert!(table.contains("7 KiB") && table.contains("free in the guest     9 KiB"), "{table}");

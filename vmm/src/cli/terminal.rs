@@ -35,20 +35,31 @@ impl Drop for Raw {
     }
 }
 
-/// Copies both ways between standard input and output and `machine`; `first` was read of it already. Without a terminal the end of standard
-/// input ends only the typing.
-pub fn attach(first: &[u8], mut machine: UnixStream) -> io::Result<()> {
+/// Makes this terminal, if it is one, the machine's; `first` was read of it already.
+pub fn attach(first: &[u8], machine: UnixStream) -> io::Result<()> {
     let raw = Raw::new()?;
     if raw.0.is_some() {
         eprint!("attached; Ctrl-] detaches\r\n");
     }
+    let escape = raw.0.as_ref().map(|_| ESCAPE);
+    copy(first, machine, escape, |_| Ok(()))
+}
+
+/// Copies both ways between standard input and output and `peer`, until the peer ends or `escape` is typed; `first` was read of the peer already.
+/// The end of standard input ends only the typing, after `at_end`.
+pub fn copy(
+    first: &[u8],
+    mut peer: UnixStream,
+    escape: Option<u8>,
+    at_end: impl Fn(&UnixStream) -> io::Result<()>,
+) -> io::Result<()> {
     let mut stdout = io::stdout();
     stdout.write_all(first)?;
     stdout.flush()?;
     let mut typing = true;
     loop {
         let stdin = io::stdin();
-        let mut fds = vec![PollFd::new(&machine, PollFlags::IN)];
+        let mut fds = vec![PollFd::new(&peer, PollFlags::IN)];
         if typing {
             fds.push(PollFd::new(&stdin, PollFlags::IN));
         }
@@ -60,7 +71,7 @@ pub fn attach(first: &[u8], mut machine: UnixStream) -> io::Result<()> {
         let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         let mut buffer = [0; 4096];
         if ready.first() == Some(&true) {
-            let count = machine.read(&mut buffer)?;
+            let count = peer.read(&mut buffer)?;
             if count == 0 {
                 return Ok(());
             }
@@ -70,12 +81,15 @@ pub fn attach(first: &[u8], mut machine: UnixStream) -> io::Result<()> {
         if ready.get(1) == Some(&true) {
             let count = rustix::io::read(&stdin, &mut buffer)?;
             let typed = buffer.get(..count).unwrap_or_default();
-            let escape = typed.iter().position(|byte| *byte == ESCAPE).filter(|_| raw.0.is_some());
-            machine.write_all(typed.get(..escape.unwrap_or(count)).unwrap_or_default())?;
-            if escape.is_some() {
+            let detach = typed.iter().position(|byte| Some(*byte) == escape);
+            peer.write_all(typed.get(..detach.unwrap_or(count)).unwrap_or_default())?;
+            if detach.is_some() {
                 return Ok(());
             }
-            typing = count > 0;
+            if count == 0 {
+                typing = false;
+                at_end(&peer)?;
+            }
         }
     }
 }
