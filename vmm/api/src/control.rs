@@ -17,7 +17,7 @@ pub enum Request {
     Metrics,
     /// The network ring's descriptors. Answer: [`Response::Ring`].
     Ring,
-    /// The guest's connections to ports of the host are this client's from now on, and no longer another's. Answers:
+    /// The guest's connections to ports of the host are this client's from now on, and no longer another's, which is disconnected. Answers:
     /// [`Response::Connection`], one for each. While nobody accepts, the guest's connections are refused.
     Accept,
     /// Stops all processors between two instructions. Answer: [`Response::Done`].
@@ -34,10 +34,11 @@ pub enum Request {
         /// Memory for the guest, MiB: at most what the machine has.
         memory_mib: u32,
     },
-    /// The console: [`Response::Console`], what was said before (bounded), then what the guest says; what the client sends is what is typed. A
-    /// client that reads too slowly misses bytes; the guest never waits.
+    /// The console: [`Response::Console`], what was said before (bounded), then what the guest says; what the client sends is what is typed, on the
+    /// virtio console once the guest has spoken there, on the serial port before. A client that reads too slowly misses bytes; the guest never waits.
     Console,
-    /// Ends the machine. With a grace the guest is asked first ([`POWER_PORT`](crate::POWER_PORT)). Answer: [`Response::Stopping`].
+    /// Ends the machine. With a grace the guest is asked first ([`POWER_PORT`](crate::POWER_PORT)), unless it is paused: a guest that leaves by itself is
+    /// told of as it left, one that does not as [`ExitReason::Stopped`]. Answer: [`Response::Stopping`].
     Stop {
         /// How long the guest has, milliseconds; 0 ends it at once.
         #[serde(default)]
