@@ -1,5 +1,5 @@
-//! The tests of whole sliver machines (`vmm/tests/machine.rs`) need a KVM that can run Linux: here they get one, inside an emulated machine. Those of
-//! the machines' jail (`vmm/tests/jail`) are run here too, on a node's own kernel.
+//! The tests of whole sliver machines (`vmm/tests/machine.rs`, `images/sliver-init/tests/sliver`) need a KVM that can run Linux: here they get one,
+//! inside an emulated machine. Those of the machines' jail (`vmm/tests/jail`) are run here too, on a node's own kernel.
 
 mod common;
 
@@ -13,6 +13,9 @@ use serde_json::Value;
 
 const COMMAND: &str =
     "SLIVER_KERNEL=/vmlinux SLIVER_VMM=/bin/sliver-vmm machine --ignored --test-threads=1 --color=never";
+/// `mke2fs` is busybox's unless the other is found first.
+const SLIVER_COMMAND: &str = "PATH=/sbin:/bin SLIVER_KERNEL=/vmlinux SLIVER_INITRD=/initrd SLIVER_BASE=/base SLIVER_VMM=/bin/sliver-vmm \
+    sliver --ignored --test-threads=1 --color=never";
 const JAIL_COMMAND: &str = "jail --ignored --test-threads=1 --color=never --skip walls_take_little_memory";
 
 #[test]
@@ -34,8 +37,29 @@ fn jails_hold_on_a_nodes_kernel() {
     passes(&images, &[("/bin/jail", &jail)], JAIL_COMMAND);
 }
 
+#[test]
+#[ignore = "needs QEMU and images: cargo xtask test"]
+fn slivers_pass_their_tests() {
+    let images = common::images().unwrap();
+    let base = images.node_files.get("base-mini.erofs").expect("images have a base");
+    let machine = nested::Machine::new(&images)
+        .file("/bin/sliver", &build("sliver").unwrap())
+        .file("/bin/sliver-vmm", &images.binary("sliver-vmm"))
+        .file("/vmlinux", &images.sliver_kernel)
+        .file("/initrd", &images.sliver_initrd)
+        .file("/base", base)
+        .file("/etc/mke2fs.conf", Path::new("/etc/mke2fs.conf"))
+        .program("/sbin/mke2fs");
+    passed(machine.and_then(|machine| machine.run(SLIVER_COMMAND)));
+}
+
 fn passes(images: &Images, files: &[(&str, &Path)], command: &str) {
-    let said = nested::run(images, files, command).unwrap_or_else(|error| panic!("{error:#}"));
+    passed(nested::run(images, files, command));
+}
+
+/// The test runner said that there were tests, and that they passed.
+fn passed(run: Result<String>) {
+    let said = run.unwrap_or_else(|error| panic!("{error:#}"));
     let result = said.lines().find_map(|line| line.trim().strip_prefix("test result: ok. "));
     let result = result.unwrap_or_else(|| panic!("the test runner did not say how it went:\n{said}"));
     println!("{said}");

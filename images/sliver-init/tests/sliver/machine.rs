@@ -16,9 +16,12 @@ use commonage_nodemgr_api::Bytes;
 use commonage_nodemgr_api::exec::{self, Decoder, Frame};
 use commonage_nodemgr_api::guest::{CONTROL_PORT, EXEC_PORT, FromGuest, FromHost, GATEWAY, Identity, Knock};
 use commonage_nodemgr_api::http::PortGrant;
-use commonage_vmm_api::{DiskConfig, ExitReason, MachineConfig, NetConfig, Request, Response, Start, VsockConfig};
+use commonage_vmm_api::{
+    DiskConfig, ExitReason, MachineConfig, NetConfig, Request, Response, Start, VsockConfig,
+};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags,
 };
 use tempfile::TempDir;
 

@@ -43,7 +43,10 @@ fn a_machine_waits_becomes_a_sliver_and_is_switched_off() {
     running.run("ping -c 1 -w 1 192.0.2.99; true").unwrap();
     let frames = machine::frames(&mut ring);
     let ping = frames.iter().find(|f| f.get(12..14) == Some(&[8, 0])).expect("a ping");
-    assert_eq!((&ping[..6], &ping[6..12], &ping[26..30]), (&GATEWAY_MAC[..], &identity.mac[..], &ADDRESS.octets()[..]));
+    assert_eq!(
+        (&ping[..6], &ping[6..12], &ping[26..30]),
+        (&GATEWAY_MAC[..], &identity.mac[..], &ADDRESS.octets()[..])
+    );
     assert!(frames.iter().all(|f| f.get(12..14) == Some(&[8, 0])), "it sends something else than IPv4");
 
     // A node manager that comes back; the older connection is closed.
