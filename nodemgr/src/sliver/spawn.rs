@@ -80,15 +80,14 @@ mod tests {
 
     #[tokio::test]
     #[ignore = "needs root"]
-    async fn it_is_process_1_of_its_namespace_and_inherits_the_void_and_nothing_else() {
+    async fn it_is_process_1_of_its_namespace_and_inherits_the_void() {
         let directory = tempfile::tempdir().unwrap();
         let program = directory.path().join("program");
         let said = "echo $$ $*; ls -l /proc/self/fd; set; exit 7";
         std::fs::write(&program, format!("#!/bin/sh\n{said}\n")).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let mut log = tempfile::tempfile().unwrap();
         for _ in 0..2 {
-            log.set_len(0).unwrap();
+            let mut log = tempfile::tempfile().unwrap();
             let mut child =
                 spawn(&program, Path::new("/machine.json"), None, log.try_clone().unwrap()).unwrap();
             assert_eq!(child.wait().await.unwrap().code(), Some(7));

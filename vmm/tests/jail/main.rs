@@ -18,7 +18,7 @@ use std::path::Path;
 
 use attempts::{ATTEMPTS, World};
 use commonage_isolation::void::Void;
-use commonage_vmm::jail::Jail;
+use commonage_vmm::jail::{Jail, inherited};
 use commonage_vmm::seccomp::Filter;
 use prisoner::{Fate, Prisoner, Walls, attempt, neighbour};
 use tempfile::TempDir;
@@ -269,6 +269,29 @@ fn where_pages_are_in_the_hosts_memory_is_not_told() {
     assert!(told & present != 0 && frame(told) != 0, "root is told");
     let told = entry(commonage_vmm::jail::open_without_capabilities("/proc/self/pagemap").unwrap());
     assert!(told & present != 0 && frame(told) == 0, "{told:#x}");
+}
+
+#[test]
+fn what_was_inherited_is_closed_but_for_the_void() {
+    let fate = Prisoner::born(false, || {
+        // As descriptors are after an exec: open, and nobody's.
+        let inherit = |file: &str| -> Result<i32, i32> {
+            let file = std::fs::OpenOptions::new().read(true).open(file).map_err(|_| libc::EIO)?;
+            // SAFETY: duplicates a descriptor that is open.
+            Ok(unsafe { libc::dup(std::os::fd::AsRawFd::as_raw_fd(&file)) })
+        };
+        let (secret, mounts, network) =
+            (inherit("/proc/self/status")?, inherit("/proc/self/ns/mnt")?, inherit("/proc/self/ns/net")?);
+        let mine = File::open("/proc/self/status").map_err(|_| libc::EIO)?;
+        let numbers = format!("{mounts},{network}").parse().map_err(|_| libc::EINVAL)?;
+        let void = inherited::take(Some(numbers)).map_err(|_| libc::EIO)?;
+        // SAFETY: asks only.
+        let open = |number| unsafe { libc::fcntl(number, libc::F_GETFD) } != -1;
+        let right = !open(secret) && open(mounts) && open(network) && mine.metadata().is_ok();
+        drop(void);
+        if right && !open(mounts) && !open(network) { Ok(()) } else { Err(libc::EBADF) }
+    });
+    assert_eq!(fate.fate(), Fate::Free);
 }
 
 #[test]
