@@ -31,7 +31,6 @@ const IGNORED: &[Ignored] = &[
     all_of("commonage-node-init", true),
     Ignored { package: "commonage-nodemgr", targets: &["--lib"], needs_root: true },
     Ignored { package: "commonage-nodemgr", targets: &["--test", "ssh"], needs_root: false },
-    all_of("commonage-sliver-init", false),
     all_of("commonage-testbed", false),
     Ignored { package: "commonage-sliver-init", targets: &["--lib"], needs_root: false },
     Ignored { package: "commonage-vmm", targets: &["--test", "jail"], needs_root: true },
