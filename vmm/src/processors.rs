@@ -199,6 +199,9 @@ impl Processors {
 
     /// Lets paused processors go on.
     pub fn resume(&mut self) {
+        if !self.paused {
+            return; // their threads hold their locks
+        }
         for processor in &self.all {
             // Tells the guest's watchdogs that they missed nothing; refused if the guest does not use kvm-clock.
             let _ = lock(&processor.fd).kvmclock_ctrl();

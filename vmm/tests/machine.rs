@@ -14,18 +14,17 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use commonage_net_demux_api::ring::{Endpoint, MAX_FRAME, RingFds};
 use commonage_vmm::control::channel;
 use commonage_vmm_api::{
-    DiskConfig, ExitReason, JailConfig, MachineConfig, Metrics, NetConfig, Request, Response, Start,
-    VsockConfig,
+    DiskConfig, ExitReason, JailConfig, MachineConfig, NetConfig, Request, Response, Start, VsockConfig,
 };
 use rustix::event::{PollFd, PollFlags};
 use tempfile::TempDir;
 
-#[path = "machine/balloon.rs"]
-mod balloon;
 #[path = "machine/control.rs"]
 mod control;
-#[path = "machine/disk.rs"]
-mod disk;
+#[path = "machine/ends.rs"]
+mod ends;
+#[path = "machine/snapshot.rs"]
+mod snapshot;
 
 const UID: u32 = 100_001;
 const MAC: [u8; 6] = [2, 0, 0, 1, 0x86, 0xa1];
@@ -181,20 +180,6 @@ fn a_guest_reads_its_base_writes_its_disk_and_draws_entropy() {
     assert_eq!(region(&mut disk, 5000, 3192), vec![0; 3192]);
     assert_ne!(region(&mut disk, 51_200, 64), vec![0; 64]);
     assert_eq!(disk.metadata().unwrap().len(), 1 << 20);
-}
-
-#[test]
-#[ignore = "needs KVM, SLIVER_KERNEL and /bin/busybox"]
-fn a_crash_is_told_from_a_reset() {
-    let mut machine = Machine::new("");
-    assert_eq!(machine.run().code(), Some(0));
-    // Makes the kernel reboot by triple fault, which is what a crashed processor looks like.
-    machine.append("reboot=t");
-    assert_eq!(machine.run().code(), Some(3));
-    // A dead init is a panic, and `panic=-1` a reset.
-    let machine = Machine::new("exit 1");
-    assert_eq!(machine.run().code(), Some(0));
-    assert!(machine.console().contains("panic"), "{}", machine.console());
 }
 
 #[test]

@@ -178,10 +178,13 @@ impl Log {
             let client = attached.upgrade();
             client.is_some_and(|client| tell(&client, &line))
         });
-        if let Some(halt) = &self.halt
-            && line.windows(HALTED.len()).any(|words| words == HALTED)
-        {
-            let _ = halt.write(1); // fails only if the counter is full: told already
+        if let Some(halt) = &self.halt {
+            // The words may have come in two pieces: a slow guest's line is written before it is complete.
+            let start = self.history.len().saturating_sub(line.len() + HALTED.len() - 1);
+            let recent: Vec<u8> = self.history.range(start..).copied().collect();
+            if recent.windows(HALTED.len()).any(|words| words == HALTED) {
+                let _ = halt.write(1); // fails only if the counter is full: told already
+            }
         }
     }
 }

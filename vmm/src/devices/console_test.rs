@@ -141,6 +141,12 @@ fn a_halt_is_heard() {
     assert!(event.read().is_err());
     console.write_all(b"[    1.1] reboot: System halted\r\n").unwrap();
     assert_eq!(event.read().unwrap(), 1);
+    // A line that took long to come.
+    console.write_all(b"[    1.1] reboot: System ha").unwrap();
+    console.commit();
+    assert!(event.read().is_err());
+    console.write_all(b"lted\r\n").unwrap();
+    assert_eq!(event.read().unwrap(), 1);
 }
 
 #[test]

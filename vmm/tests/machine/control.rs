@@ -137,7 +137,7 @@ fn streams_go_both_ways_over_vsock() {
 }
 
 /// Reads what the console says until it has said `words`.
-pub fn hear(console: &mut UnixStream, heard: &mut String, words: &str) {
+fn hear(console: &mut UnixStream, heard: &mut String, words: &str) {
     let mut buffer = [0; 4096];
     while !heard.contains(words) {
         let count = console.read(&mut buffer).unwrap();
@@ -147,7 +147,7 @@ pub fn hear(console: &mut UnixStream, heard: &mut String, words: &str) {
 }
 
 /// Attaches to the console.
-pub fn attach(machine: &Machine, child: &mut Child) -> UnixStream {
+fn attach(machine: &Machine, child: &mut Child) -> UnixStream {
     let mut console = machine.connect(child);
     ask(&console, &Request::Console);
     // Byte by byte: what follows the line is the console's.

@@ -42,9 +42,8 @@ const DEVICE_TYPE: u32 = 19;
 const RX: usize = 0;
 const TX: usize = 1;
 const EVENT: usize = 2;
-/// Linux's driver fills the receive queue with a buffer of a page a descriptor and takes them in turn, so its size is memory that a clone makes its own
-/// as it hears of its host: 16 save it 128 KiB over 64.
-const QUEUE_SIZES: [u16; 3] = [16, 64, 4];
+/// Linux's driver fills the receive queue with a page a descriptor, so its size is guest memory that every sliver pays for.
+const QUEUE_SIZES: [u16; 3] = [64, 64, 4];
 /// The only event there is: VIRTIO_VSOCK_EVENT_TRANSPORT_RESET.
 const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 
