@@ -12,7 +12,7 @@ use super::*;
 
 const STREAMS: usize = 150;
 
-/// A machine with a vsock whose init runs the guest's half `part`, then `script`. Jailed if that is possible.
+/// A machine with a vsock whose init runs the guest's half `part`, then `script`.
 fn machine_with_guest(part: &str, script: &str) -> Machine {
     let mut machine = Machine::new("");
     let script = format!(
@@ -22,8 +22,6 @@ fn machine_with_guest(part: &str, script: &str) -> Machine {
     std::fs::write(machine.path("initrd"), initrd(&script, &[("guest", &itself)])).unwrap();
     machine.config.memory_mib = 192;
     machine.config.vsock = Some(VsockConfig { cid: 3, path: machine.path("vsock.sock") });
-    let root = rustix::process::geteuid().is_root();
-    machine.config.jail = root.then_some(JailConfig { uid: UID });
     machine
 }
 
@@ -164,13 +162,11 @@ fn attach(machine: &Machine, child: &mut Child) -> UnixStream {
 #[test]
 #[ignore = "needs KVM, SLIVER_KERNEL and /bin/busybox"]
 fn a_console_is_attached_and_typed_on_and_left() {
-    let mut machine = Machine::new(
+    let machine = Machine::new(
         "echo first words\nread line\necho \"serial: <$line>\"\n\
          exec 3<>/dev/hvc0\necho prompt: >&3\nread line <&3\necho \"virtio: <$line>\" >&3\n\
          read line <&3\nreboot -f",
     );
-    let root = rustix::process::geteuid().is_root();
-    machine.config.jail = root.then_some(JailConfig { uid: UID });
     let mut child = machine.start();
     let ending = machine.connect(&mut child);
     ask(&ending, &Request::Wait);
