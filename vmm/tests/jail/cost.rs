@@ -169,8 +169,8 @@ fn walls_take_little_memory() {
     memory_each(true, &kinds[1].build);
     let mut more: Vec<_> = kinds.iter().map(|_| Vec::new()).collect();
     for _ in 0..MEMORY_ROUNDS {
+        let bare = memory_each(false, || Ok(()));
         for (kind, more) in kinds.iter().zip(&mut more) {
-            let bare = memory_each(false, || Ok(()));
             more.push(memory_each(kind.own_pids, &kind.build) - bare);
         }
     }
