@@ -9,7 +9,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use commonage_net_demux_api::ring::{Endpoint, MAX_FRAME, RingFds};
 use commonage_nodemgr_api::Bytes;
@@ -238,20 +238,19 @@ impl Running<'_> {
         assert_eq!(serde_json::from_str::<Knock>(&said).unwrap(), Knock::Waiting);
     }
 
-    /// A connection to a port of the guest.
+    /// A connection to a port of the guest. The machine gives a guest some seconds to answer, which may be too few on a processor that is
+    /// emulated and busy, so whoever is refused asks again.
     fn connect(&self, port: u32) -> UnixStream {
-        let mut stream = self.reach(&self.host.config.vsock.as_ref().unwrap().path);
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.write_all(format!("CONNECT {port}\n").as_bytes()).unwrap();
-        let mut line = Vec::new();
-        while line.last() != Some(&b'\n') {
-            let mut byte = [0];
-            let read = stream.read(&mut byte);
-            assert_eq!(read.unwrap(), 1, "port {port} is refused: {}", self.console());
-            line.extend(byte);
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let mut stream = self.reach(&self.host.config.vsock.as_ref().unwrap().path);
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            stream.write_all(format!("CONNECT {port}\n").as_bytes()).unwrap();
+            if greeted(&mut stream) {
+                return stream;
+            }
+            assert!(Instant::now() < end, "port {port} is refused: {}", self.console());
         }
-        assert!(line.starts_with(b"OK "));
-        stream
     }
 
     /// A node manager's connection.
@@ -299,6 +298,20 @@ impl Running<'_> {
         let (reason, console) = waiting.exited();
         assert_eq!(&reason, how, "{console}");
     }
+}
+
+/// Whether the machine says that the guest has accepted; it closes the connection otherwise.
+fn greeted(stream: &mut UnixStream) -> bool {
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        let mut byte = [0];
+        if stream.read(&mut byte).unwrap() == 0 {
+            return false;
+        }
+        line.extend(byte);
+    }
+    assert!(line.starts_with(b"OK "), "{line:?}");
+    true
 }
 
 impl Drop for Running<'_> {

@@ -13,7 +13,7 @@ use machine::{ADDRESS, GATEWAY_MAC, Host, Running, identity};
 
 /// How far a guest's clock may be from the host's, which runs both on one emulated processor.
 const CLOCK_ERROR: Duration = Duration::from_secs(5);
-/// Values of a sliver that no other may have, as a shell tells them. The last is what a TCP connection to nobody starts with.
+/// Values of a sliver that no other may have, as a shell tells them, a line each.
 const IDENTITY: &str = "cat /etc/machine-id /etc/ssh/ssh_host_ed25519_key.pub /etc/hostname /proc/sys/kernel/hostname \
     /proc/sys/net/ipv4/ip_local_port_range /sys/class/net/eth0/address /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id; \
     head -c 16 /dev/urandom | hexdump -e '16/1 \"%02x\" \"\\n\"'";
