@@ -14,7 +14,7 @@ use world::{Node, mini, slice, templates};
 #[test]
 #[ignore = "needs a node: cargo xtask test"]
 fn slivers_are_clones_of_one_template_and_none_is_like_another() {
-    let node = Node::start("clones");
+    let node = Node::start();
     let names = ["a_one", "a_two", "a_three"];
     for name in names {
         let since = Instant::now();
@@ -48,7 +48,7 @@ fn slivers_are_clones_of_one_template_and_none_is_like_another() {
 #[test]
 #[ignore = "needs a node: cargo xtask test"]
 fn each_end_is_told_and_followed_by_what_the_policy_says() {
-    let node = Node::start("ends");
+    let node = Node::start();
     let failed = |wanted: &'static str| move |state: &SliverState| matches!(state, SliverState::Failed { reason } if reason.contains(wanted));
     node.run("b_always");
     for (line, wanted) in [
@@ -83,7 +83,7 @@ fn each_end_is_told_and_followed_by_what_the_policy_says() {
 
     // A node manager that restarts leaves them as they are, and whoever configures them anew starts them.
     node.die();
-    let node = Node::start("ends");
+    let node = Node::start();
     node.until("b_failure", stopped);
     node.until("b_never", |state| *state == SliverState::Stopped { reason: reason.clone() });
     node.configure("b_never", policy(RestartPolicy::Never));
@@ -97,7 +97,7 @@ fn each_end_is_told_and_followed_by_what_the_policy_says() {
 #[test]
 #[ignore = "needs a node: cargo xtask test"]
 fn a_new_node_manager_takes_over_what_lives_and_serves_its_calls() {
-    let node = Node::start("adoption");
+    let node = Node::start();
     let contents = commonage_nodemgr_api::Bytes(std::fs::read("/bin/vsock-call").unwrap());
     let call = File { path: "/root/call".into(), mode: 0o755, contents };
     node.bind("c_one", SliverConfig { files: vec![call], ..mini() });
@@ -107,7 +107,7 @@ fn a_new_node_manager_takes_over_what_lives_and_serves_its_calls() {
     node.ask("c_one", "echo here > /run/mark");
     // While nobody is there, calls are refused; none waits for ever.
     node.die();
-    let node = Node::start("adoption");
+    let node = Node::start();
     node.until_running("c_one");
     assert_eq!(node.ask("c_one", "cat /run/mark"), "here", "it was started anew");
     assert!(node.ask("c_one", ask).contains(r#""caller":"c_one""#));
@@ -124,13 +124,13 @@ fn a_new_node_manager_takes_over_what_lives_and_serves_its_calls() {
 #[test]
 #[ignore = "needs a node: cargo xtask test"]
 fn a_saved_sliver_goes_on_where_it_was_and_only_once() {
-    let node = Node::start("saved");
+    let node = Node::start();
     node.run("d_one");
     node.ask("d_one", "echo here > /run/mark; echo there > /root/mark; (while :; do sleep 1; done) > /dev/null 2>&1 & echo $! > /run/pid");
     let saved = node.manager.paths(&slice("d_one")).state.join("saved");
     node.power_off();
     assert!(saved.join("memory").exists());
-    let node = Node::start("saved");
+    let node = Node::start();
     node.until_running("d_one");
     let Start::Restore { memory, .. } = node.start_of("d_one") else { panic!("it booted") };
     assert!(memory.ends_with("d_one/resuming/memory"), "{}", memory.display());
@@ -140,11 +140,12 @@ fn a_saved_sliver_goes_on_where_it_was_and_only_once() {
     for name in ["saved", "saved.new", "resuming"] {
         assert!(!saved.with_file_name(name).exists(), "{name} is left");
     }
-    // A second planned end, and what was saved is damaged meanwhile: it starts afresh, with its disk.
+    // A second planned end, and what was saved is damaged meanwhile: it starts afresh, with what was on its disk.
+    node.ask("d_one", "sync");
     node.power_off();
     let state = std::fs::read(saved.join("state")).unwrap();
     std::fs::write(saved.join("state"), &state[..state.len() / 2]).unwrap();
-    let node = Node::start("saved");
+    let node = Node::start();
     node.until_running("d_one");
     assert!(node.is_clone("d_one"));
     assert_eq!(node.ask("d_one", "cat /root/mark; ls /run/mark 2>/dev/null || echo afresh"), "there\nafresh");
@@ -155,7 +156,7 @@ fn a_saved_sliver_goes_on_where_it_was_and_only_once() {
 #[test]
 #[ignore = "needs a node: cargo xtask test"]
 fn a_template_that_is_damaged_costs_a_boot_and_is_given_up() {
-    let node = Node::start("damaged");
+    let node = Node::start();
     node.run("e_one");
     let Start::Restore { state, .. } = node.start_of("e_one") else { panic!("it booted") };
     let text = std::fs::read(&state).unwrap();

@@ -39,16 +39,16 @@ pub struct Node {
 }
 
 impl Node {
-    /// Opens it on `state` (a name), as a node manager that has just started does.
-    pub fn start(state: &str) -> Self {
+    /// Opens it as a node manager that has just started does.
+    pub fn start() -> Self {
         static NETWORK: Once = Once::new();
         NETWORK.call_once(network);
-        let state = Path::new(STATE).join(state);
-        std::fs::create_dir_all(&state).unwrap();
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        std::fs::create_dir_all(STATE).unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let settings = Settings {
             node: "3f0e4a52-0000-4000-8000-000000000001".parse().unwrap(),
-            state,
+            state: STATE.into(),
             images: IMAGES.into(),
             run: RUN.into(),
             lib: LIB.into(),
@@ -197,7 +197,12 @@ pub fn templates() -> PathBuf {
 /// The card and the host's TAP, with net-demux between them, ready.
 fn network() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_ansi(false).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_ansi(false)
+        .with_writer(std::io::stderr)
+        .init();
     capacity::raise_descriptors();
     std::fs::create_dir_all(RUN).unwrap();
     std::fs::write(Path::new(RUN).join("host.json"), HOST_JSON).unwrap();
