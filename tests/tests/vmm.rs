@@ -1,10 +1,12 @@
 //! The tests of whole sliver machines (`vmm/tests/machine.rs`, `images/sliver-init/tests/sliver`) need a KVM that can run Linux: here they get one,
-//! inside an emulated machine. Those of the machines' jail (`vmm/tests/jail`) are run here too, on a node's own kernel.
+//! inside an emulated machine. Those of the machines' jail (`vmm/tests/jail`) and of the node manager with everything real below it
+//! (`nodemgr/tests/slivers`) are run here too, on a node's own kernel.
 
 mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use commonage_images::{Context, Images};
@@ -16,6 +18,7 @@ const COMMAND: &str =
 /// `mke2fs` is busybox's unless the other is found first.
 const SLIVER_COMMAND: &str = "PATH=/sbin:/bin SLIVER_KERNEL=/vmlinux SLIVER_INITRD=/initrd SLIVER_BASE=/base SLIVER_VMM=/bin/sliver-vmm \
     sliver --ignored --test-threads=1 --color=never";
+const NODE_COMMAND: &str = "PATH=/sbin:/bin slivers --ignored --test-threads=1 --color=never";
 const JAIL_COMMAND: &str = "jail --ignored --test-threads=1 --color=never --skip walls_take_little_memory";
 
 #[test]
@@ -51,6 +54,30 @@ fn slivers_pass_their_tests() {
         .file("/etc/mke2fs.conf", Path::new("/etc/mke2fs.conf"))
         .program("/sbin/mke2fs");
     passed(machine.and_then(|machine| machine.run(SLIVER_COMMAND)));
+}
+
+#[test]
+#[ignore = "needs QEMU and images: cargo xtask test"]
+fn slivers_of_one_node_pass_their_tests() {
+    let images = common::images().unwrap();
+    let base = |name: &str| images.node_files[&format!("base-{name}.erofs")].as_path();
+    let files = [
+        ("lib/vmlinux", images.sliver_kernel.as_path()),
+        ("lib/sliver-initrd", &images.sliver_initrd),
+        ("images/base-mini.erofs", base("mini")),
+        ("images/base-agent.erofs", base("agent")),
+    ];
+    let machine = nested::Machine::new(&images)
+        .memory_mib(1536)
+        .disk(8192, &files)
+        .network()
+        .patience(Duration::from_secs(1800))
+        .file("/bin/slivers", &build("slivers").unwrap())
+        .file("/bin/sliver-vmm", &images.binary("sliver-vmm"))
+        .file("/bin/net-demux", &images.binary("net-demux"))
+        .file("/bin/vsock-call", Path::new(env!("CARGO_BIN_EXE_vsock-call")))
+        .program("/sbin/mke2fs");
+    passed(machine.and_then(|machine| machine.run(NODE_COMMAND)));
 }
 
 fn passes(images: &Images, files: &[(&str, &Path)], command: &str) {

@@ -24,6 +24,8 @@ use crate::demux::Ring;
 const ANSWER_WAIT: Duration = Duration::from_secs(10);
 /// How long a spawned machine may take to open its control socket.
 const SPAWN_WAIT: Duration = Duration::from_secs(60);
+/// How long a machine that broke off may take to end.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How fast a machine writes its memory at the least, MiB a second.
 const SNAPSHOT_RATE: u32 = 10;
 
@@ -48,16 +50,31 @@ impl Machine {
         }
     }
 
-    /// Waits until a spawned machine answers; its socket's directory was watched since before it was spawned.
+    /// Waits until a spawned machine answers, by when it has opened all its files; its socket's directory was watched since before it was
+    /// spawned.
     ///
     /// # Errors
     /// It ended before, or takes too long.
     pub async fn await_spawned(control: &Path, doorstep: Doorstep, mut child: Child) -> io::Result<Self> {
-        tokio::select! {
-            wire = within(SPAWN_WAIT, doorstep.open(|| Wire::connect(control))) => {
-                Self::watch(wire?, control, Some(child)).await
+        let answer = async {
+            let mut wire = doorstep.open(|| Wire::connect(control)).await?;
+            match exchange(&mut wire, &Request::Status).await? {
+                Response::Status { .. } => Ok(wire),
+                other => Err(unexpected(&other)),
             }
-            status = child.wait() => Err(io::Error::other(format!("it ended at once: {}", status?))),
+        };
+        let wire = tokio::select! {
+            biased;
+            status = child.wait() => return Err(io::Error::other(format!("it ended at once: {}", status?))),
+            wire = within(SPAWN_WAIT, answer) => wire,
+        };
+        match wire {
+            Ok(wire) => Self::watch(wire, control, Some(child)).await,
+            // The socket closes a moment before the process is gone; how that went says more.
+            Err(e) => match tokio::time::timeout(LAST_WORDS, child.wait()).await {
+                Ok(status) => Err(io::Error::other(format!("it ended at once: {}", status?))),
+                Err(_) => Err(e),
+            },
         }
     }
 

@@ -63,9 +63,8 @@ async fn snapshot(manager: &Manager, shape: &Shape, paths: &Paths) -> Result<(),
     // The machine holds what it needs of the disk.
     fs::remove_file(&disk).map_err(Error::io("remove", &disk))?;
     let failed = |message: String| {
-        let said = console::tail(&paths.console());
-        let message =
-            if said.is_empty() { message } else { format!("{message}; its console ends with:\n{said}") };
+        let said = [paths.vmm_log(), paths.console()].map(|path| console::tail(&path)).join("\n");
+        let message = format!("{message}; it and its guest said last:\n{}", said.trim());
         Error::Machine { slice: "a template".to_owned(), message }
     };
     wait_for_knock(&mut machine, paths).await.map_err(failed)?;

@@ -98,10 +98,12 @@ fn each_end_is_told_and_followed_by_what_the_policy_says() {
 #[ignore = "needs a node: cargo xtask test"]
 fn a_new_node_manager_takes_over_what_lives_and_serves_its_calls() {
     let node = Node::start();
-    let contents = commonage_nodemgr_api::Bytes(std::fs::read("/bin/vsock-call").unwrap());
-    let call = File { path: "/root/call".into(), mode: 0o755, contents };
-    node.bind("c_one", SliverConfig { files: vec![call], ..mini() });
+    let contents = commonage_nodemgr_api::Bytes(b"a file".to_vec());
+    let file = File { path: "/root/file".into(), mode: 0o640, contents };
+    node.bind("c_one", SliverConfig { files: vec![file], ..mini() });
     node.until_running("c_one");
+    assert_eq!(node.ask("c_one", "cat /root/file; stat -c %a /root/file"), "a file640");
+    node.put("c_one", "/root/call", &std::fs::read("/bin/vsock-call").unwrap());
     let ask = r"printf 'GET /v1/node HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n' | /root/call 806";
     assert!(node.ask("c_one", ask).contains(r#""caller":"c_one""#));
     node.ask("c_one", "echo here > /run/mark");

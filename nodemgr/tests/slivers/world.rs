@@ -16,7 +16,7 @@ use commonage_nodemgr::book::AGENT;
 use commonage_nodemgr::exec::ExecClient;
 use commonage_nodemgr::manager::{Manager, Settings};
 use commonage_nodemgr::{capacity, host};
-use commonage_nodemgr_api::exec::{Command as Argv, Frame, Start as Exec};
+use commonage_nodemgr_api::exec::{Command as Argv, Frame, MAX_PAYLOAD, Start as Exec};
 use commonage_nodemgr_api::http::{Acquire, Bind, SliverConfig, SliverState};
 use commonage_vmm_api::{MachineConfig, Start};
 use jiff::{SignedDuration, Timestamp};
@@ -144,6 +144,22 @@ impl Node {
         let (said, status) = self.shell(name, line);
         assert_eq!(status, 0, "{line:?} in {name} said {said:?}");
         said.trim_end().to_owned()
+    }
+
+    /// Copies a program into a sliver.
+    pub fn put(&self, name: &str, path: &str, contents: &[u8]) {
+        let vsock = self.manager.paths(&slice(name)).vsock();
+        let line = format!("cat > {path} && chmod 755 {path}");
+        let exec = Exec { command: Argv::Line(line), ..Exec::default() };
+        let run = async {
+            let (mut writer, mut reader) = ExecClient::start(&vsock, exec).await.unwrap();
+            for chunk in contents.chunks(MAX_PAYLOAD) {
+                writer.send(Frame::Stdin(chunk.to_vec())).await.unwrap();
+            }
+            writer.send(Frame::StdinEof).await.unwrap();
+            assert_eq!(reader.next().await.unwrap(), Some(Frame::Exit(0)));
+        };
+        self.runtime.block_on(async { tokio::time::timeout(PATIENCE, run).await.unwrap() });
     }
 
     /// Has a sliver do what ends it: no answer is waited for.
