@@ -12,6 +12,8 @@ use rustix::fs::{Mode, OFlags};
 const TAIL: u64 = 4096;
 /// How many lines are shown.
 const LINES: usize = 8;
+/// What a kernel that panics says first.
+const PANIC: &str = "Kernel panic";
 /// Longest line shown, characters.
 const WIDTH: usize = 160;
 
@@ -38,7 +40,11 @@ pub fn last_lines(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let clean = |line: &str| line.chars().filter(|c| !c.is_control()).take(WIDTH).collect::<String>();
     let lines: Vec<String> = text.lines().map(clean).filter(|l| !l.trim().is_empty()).collect();
-    lines.get(lines.len().saturating_sub(LINES)..).unwrap_or_default().join("\n")
+    // After what a kernel says of its panic comes a long trace: the end of that alone tells nothing.
+    let end = lines.len().saturating_sub(LINES);
+    let panic = lines.iter().rposition(|line| line.contains(PANIC)).filter(|at| *at < end);
+    let shown = panic.into_iter().chain(end..lines.len()).filter_map(|at| lines.get(at));
+    shown.map(String::as_str).collect::<Vec<_>>().join("\n")
 }
 
 #[cfg(test)]
@@ -54,6 +60,10 @@ mod tests {
         std::fs::write(&path, text).unwrap();
         assert!(tail(&path).ends_with("line 1998\n[1mline 1999"), "{:?}", tail(&path));
         assert_eq!(tail(&path).lines().count(), LINES);
+        let panic = format!("Kernel panic - not syncing: why\n{}", "trace\n".repeat(30));
+        let shown = last_lines(panic.as_bytes());
+        assert!(shown.starts_with("Kernel panic - not syncing: why\ntrace\n"), "{shown:?}");
+        assert_eq!(shown.lines().count(), LINES + 1);
         std::fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink("/etc/passwd", &path).unwrap();
         assert_eq!(tail(&path), "");

@@ -1,6 +1,8 @@
 //! The node manager with everything real below it: net-demux, machines, guests. Run in a machine of its own, by the test of the same name in the
 //! testbed; one after the other, because they are one node.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests are no tests to clippy")]
+
 mod world;
 
 use std::os::unix::fs::MetadataExt as _;

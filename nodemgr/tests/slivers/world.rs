@@ -238,6 +238,9 @@ fn network() {
     let mut said = BufReader::new(demux.stderr.take().unwrap()).lines();
     assert!(said.any(|line| line.unwrap().contains("ready: ")), "net-demux ended");
     // It must never wait for somebody to read what it says. It ends with the machine.
-    std::thread::spawn(move || said.map_while(Result::ok).for_each(drop));
+    std::thread::spawn(move || {
+        said.map_while(Result::ok).for_each(drop);
+        demux.wait()
+    });
     netlink.add_address(host, Ipv4Addr::new(10, 0, 2, 15), 24).unwrap();
 }
