@@ -10,6 +10,8 @@ pub mod cpuid;
 pub mod devices;
 pub mod entropy;
 pub mod event;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 pub mod halt;
 pub mod jail;
 pub mod layout;

@@ -85,7 +85,7 @@ pub mod status {
 }
 
 /// Tokens from here on are the queues' kicks; a device's own are below.
-const KICK_TOKENS: u32 = 0x8000_0000;
+pub(crate) const KICK_TOKENS: u32 = 0x8000_0000;
 
 /// One device and its register page.
 pub struct Transport {
