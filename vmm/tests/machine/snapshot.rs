@@ -61,8 +61,8 @@ impl<'m> Talking<'m> {
     /// What the guest answers to `line`.
     pub fn say(&mut self, line: &str) -> String {
         self.console.get_mut().write_all(format!("{line}\n").as_bytes()).unwrap();
-        let answer = self.hear("GOT ");
-        answer.trim().split_once("GOT ").unwrap().1.to_owned()
+        let answer = self.hear("GOT");
+        answer.split_once("GOT").unwrap().1.trim().to_owned()
     }
 
     pub fn ask(&self, request: &Request) -> Response {
@@ -364,7 +364,7 @@ fn memory_beyond_the_gap_is_used_and_saved() {
     template.config.base = Some(file(&template.path("base"), &base));
     let mut talking = Talking::start(&template);
     talking.hear("READY");
-    let total: u64 = talking.say("run awk '/MemTotal/{print\\$2}' /proc/meminfo").parse().unwrap_or_default();
+    let total: u64 = talking.say("run awk '/MemTotal/{print $2}' /proc/meminfo").parse().unwrap_or_default();
     assert!(total > 3900 << 10, "{total} KiB");
     let highest = talking.say("run grep 'System RAM' /proc/iomem | tail -n 1");
     assert!(highest.contains("100000000-13fffffff"), "{highest}");
