@@ -70,7 +70,8 @@ impl Lifecycle {
         }
         self.boots_next = false;
         let turn = self.turn().await;
-        self.begin(&beginning, Origin::Booted, files::boot(&self.manager.settings), turn).await
+        self.begin(&beginning, Origin::Booted, files::boot(&self.manager.settings, &beginning.shape), turn)
+            .await
     }
 
     /// The template that this start is to clone, if any. The agent is the only one of its shape, most likely: a template would be used once.

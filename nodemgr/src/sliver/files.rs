@@ -19,6 +19,11 @@ use crate::template::Shape;
 /// The guest's vsock context id: each sliver has a vsock of its own, so all have the same.
 const CID: u32 = 3;
 
+/// Machines up to so much memory, MiB, get small tables: hash tables sized as for a machine that is not shared are dirtied page by page by every
+/// name, and slabs of several pages are written whole when they are made, by each clone for itself.
+const SMALL_MIB: u32 = 256;
+const SMALL_TABLES: &str = "slub_max_order=0 dhash_entries=512 ihash_entries=512";
+
 /// Makes a machine's directory anew. The machine that used it must be gone.
 pub fn make_dir(dir: &Path) -> Result<(), Error> {
     remove_tree(dir)?;
@@ -30,8 +35,9 @@ pub fn make_dir(dir: &Path) -> Result<(), Error> {
 }
 
 /// How a guest is started at its kernel's entry.
-pub fn boot(settings: &Settings) -> Start {
-    Start::Boot { kernel: kernel(settings), initrd: Some(initrd(settings)), cmdline: String::new() }
+pub fn boot(settings: &Settings, shape: &Shape) -> Start {
+    let cmdline = if shape.memory_mib <= SMALL_MIB { SMALL_TABLES } else { "" };
+    Start::Boot { kernel: kernel(settings), initrd: Some(initrd(settings)), cmdline: cmdline.to_owned() }
 }
 
 /// The slivers' kernel.

@@ -50,7 +50,7 @@ async fn snapshot(manager: &Manager, shape: &Shape, paths: &Paths) -> Result<(),
     fs::create_dir_all(disk.parent().unwrap_or(&disk)).map_err(Error::io("make the directory of", &disk))?;
     make().map_err(Error::io("make", &disk))?;
     let settings = &manager.settings;
-    let config = files::machine(settings, paths, shape, UID, &disk, files::boot(settings));
+    let config = files::machine(settings, paths, shape, UID, &disk, files::boot(settings, shape));
     let group = manager.cgroups.as_ref().map(|groups| (groups.template(), rspec(shape)));
     let launch = Launch {
         owner: "a template".to_owned(),
