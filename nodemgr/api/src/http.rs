@@ -90,7 +90,7 @@ pub struct SliverConfig {
 }
 
 /// Whether a sliver's machine is started again when it ends by itself: after a wait of 1 s to a minute, which grows while it lives shortly.
-/// Without regard to this it starts with its node, and when it is configured anew.
+/// Whatever this says, one that its node took down starts again with the node, and one that is stopped starts when it is configured anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RestartPolicy {
