@@ -25,7 +25,12 @@ fn slivers_are_clones_of_one_template_and_none_is_like_another() {
         assert!(node.is_clone(name), "{:?}", node.start_of(name));
     }
     assert_eq!(std::fs::read_dir(templates()).unwrap().count(), 1);
-    for question in ["hostname", "cat /etc/machine-id", "cat /proc/sys/kernel/random/uuid", "cat /sys/class/net/eth0/address"] {
+    for question in [
+        "hostname",
+        "cat /etc/machine-id",
+        "cat /proc/sys/kernel/random/uuid",
+        "cat /sys/class/net/eth0/address",
+    ] {
         let mut answers = names.map(|name| node.ask(name, question));
         println!("{question}: {answers:?}");
         answers.sort();
@@ -138,7 +143,10 @@ fn a_saved_sliver_goes_on_where_it_was_and_only_once() {
     node.until_running("d_one");
     let Start::Restore { memory, .. } = node.start_of("d_one") else { panic!("it booted") };
     assert!(memory.ends_with("d_one/resuming/memory"), "{}", memory.display());
-    assert_eq!(node.ask("d_one", "cat /run/mark /root/mark; kill -0 $(cat /run/pid) && echo lives"), "here\nthere\nlives");
+    assert_eq!(
+        node.ask("d_one", "cat /run/mark /root/mark; kill -0 $(cat /run/pid) && echo lives"),
+        "here\nthere\nlives"
+    );
     let clock: i64 = node.ask("d_one", "date +%s").parse().unwrap();
     assert!((clock - jiff::Timestamp::now().as_second()).abs() < 5, "its clock is off: {clock}");
     for name in ["saved", "saved.new", "resuming"] {
