@@ -8,22 +8,27 @@
 #![allow(clippy::expect_used, reason = "not part of a product")]
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::fs::File;
+use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use commonage_net_demux_api::ring::{Endpoint, Ring};
 use commonage_vmm_api::{MachineConfig, RateLimit, VsockConfig};
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, Image};
 use crate::devices::console::Console;
+use crate::event;
 use crate::reactor::{Reactor, Readiness};
 use crate::snapshot::{State, codec, touched};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::VirtioConsole;
-use crate::virtio::mmio::{KICK_TOKENS, Transport};
+use crate::virtio::mmio::{KICK_TOKENS, Transport, TransportState};
 use crate::virtio::net::Net;
 use crate::virtio::pmem::Pmem;
 use crate::virtio::rng::Rng;
@@ -90,8 +95,9 @@ struct Bench {
     transport: Transport,
     memory: Memory,
     queues: u64,
-    /// Descriptors that the device polls; served when they are ready.
-    _reactor: Reactor,
+    /// Watches what the device polls, and something that is always ready, so that it never waits.
+    reactor: Reactor,
+    _always: EventFd,
 }
 
 impl Bench {
@@ -100,7 +106,18 @@ impl Bench {
         let reactor = Reactor::new().expect("an event loop");
         let queues = device.queue_sizes().len() as u64;
         let transport = Transport::new(device, memory.clone(), reactor.poller(0)).expect("a transport");
-        Self { transport, memory, queues, _reactor: reactor }
+        let always = EventFd::new(0).expect("an event");
+        always.write(1).expect("room in a fresh event");
+        reactor.poller(1).add(event::borrow(&always), 0, Readiness::READ).expect("watched");
+        Self { transport, memory, queues, reactor, _always: always }
+    }
+
+    /// One round of the event loop.
+    fn serve(&mut self) {
+        let events: Vec<_> = self.reactor.wait().expect("events").filter(|event| event.source == 0).collect();
+        for event in events {
+            self.transport.event(event.token, event.readiness);
+        }
     }
 
     fn register(&mut self, offset: u64, value: u32) {
@@ -214,10 +231,8 @@ impl Bench {
                 let queue = queue(input, self.queues);
                 self.notify(queue);
             }
-            9 => {
-                let token = u32::from(input.byte() % 4);
-                self.transport.event(token, Readiness::BOTH);
-            }
+            9 if input.byte() % 8 == 0 => self.transport.event(u32::from(input.byte()), Readiness::BOTH),
+            9 => self.serve(),
             10 => {
                 // A whole chain: readable pieces, then writable ones, with bytes in the first.
                 let queue = queue(input, self.queues);
@@ -303,9 +318,23 @@ fn own_path(kind: &str) -> PathBuf {
 
 fn new_vsock(kind: &str) -> Vsock {
     let path = own_path(kind);
-    let vsock = Vsock::new(&VsockConfig { cid: 3, path: path.clone() }).expect("a vsock");
+    let mut vsock = Vsock::new(&VsockConfig { cid: 3, path: path.clone() }).expect("a vsock");
     // Nobody connects; nothing is left behind.
     let _ = std::fs::remove_file(path);
+    // A host that says something, reads nothing, and forgets all but the last few connections.
+    let mut kept = VecDeque::new();
+    vsock.set_accepter(Box::new(move |port, end| {
+        if port % 4 == 3 {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        let mut stream = UnixStream::from(end.try_clone_to_owned()?);
+        stream.write_all(&[0x55; 300])?;
+        kept.push_back(stream);
+        if kept.len() > 4 {
+            kept.pop_front();
+        }
+        Ok(())
+    }));
     vsock
 }
 
@@ -353,6 +382,7 @@ pub fn vsock_packets(packets: &[u8]) {
             bench.offer(TX, 0);
             bench.notify(TX);
             bench.notify(RX);
+            bench.serve();
         }
         bench.register(0x70, 0);
     });
@@ -363,22 +393,28 @@ pub fn snapshot(file: &[u8]) {
     let _ = State::decode(file);
     if let Ok(state) = State::decode(&codec::seal(file)) {
         assert_eq!(codec::open(&state.encode()).ok(), Some(file), "what was read is not what is written");
-        let devices: [fn() -> Box<dyn VirtioDevice>; 4] = [
-            || Box::new(Rng::default()),
-            || Box::new(Balloon::new(64)),
-            || Box::new(Pmem::new(GuestAddress(1 << 32), 1 << 21)),
-            || Box::new(new_console()),
-        ];
-        for saved in &state.devices {
-            for device in devices {
-                let mut bench = Bench::new(device());
-                if bench.transport.restore(saved).is_ok() {
-                    (0..bench.queues).for_each(|queue| bench.notify(queue));
-                }
-            }
-        }
+        state.devices.iter().for_each(restore);
+    }
+    if let Ok(saved) = TransportState::read(&mut codec::Reader::new(file)) {
+        restore(&saved);
     }
     let _ = touched::decode(&codec::seal(file), Default::default(), 1 << 14);
+}
+
+/// Goes on with a device's state on each kind of device.
+fn restore(saved: &TransportState) {
+    let devices: [fn() -> Box<dyn VirtioDevice>; 3] = [
+        || Box::new(Rng::default()),
+        || Box::new(Balloon::new(64)),
+        || Box::new(Pmem::new(GuestAddress(1 << 32), 1 << 21)),
+    ];
+    for device in devices {
+        let mut bench = Bench::new(device());
+        if bench.transport.restore(saved).is_ok() {
+            (0..bench.queues).for_each(|queue| bench.notify(queue));
+            bench.serve();
+        }
+    }
 }
 
 /// A kernel, and half of it as an initrd and a command line.
