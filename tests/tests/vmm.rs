@@ -26,10 +26,15 @@ const JAIL_COMMAND: &str = "jail --ignored --test-threads=1 --color=never --skip
 fn sliver_machines_pass_their_tests() {
     let images = common::images().unwrap();
     let (machine, vmm) = (build("machine").unwrap(), images.binary("sliver-vmm"));
-    let files: [(&str, &Path); 3] =
-        [("/bin/machine", &machine), ("/bin/sliver-vmm", &vmm), ("/vmlinux", &images.sliver_kernel)];
+    let nested = nested::Machine::new(&images)
+        .file("/bin/machine", &machine)
+        .file("/bin/sliver-vmm", &vmm)
+        .file("/vmlinux", &images.sliver_kernel)
+        .file("/etc/mke2fs.conf", Path::new("/etc/mke2fs.conf"))
+        .program("/sbin/mkfs.ext4");
     // What a filter does not know ends the process; which call it was, the kernel's log tells.
-    passes(&images, &files, &format!("{COMMAND} || {{ dmesg | grep type=1326; false; }}"));
+    let command = format!("{COMMAND} || {{ dmesg | grep type=1326; false; }}");
+    passed(nested.and_then(|nested| nested.run(&command)));
 }
 
 #[test]

@@ -231,7 +231,9 @@ impl Bench {
                 let queue = queue(input, self.queues);
                 self.notify(queue);
             }
-            9 if input.byte().is_multiple_of(8) => self.transport.event(u32::from(input.byte()), Readiness::BOTH),
+            9 if input.byte().is_multiple_of(8) => {
+                self.transport.event(u32::from(input.byte()), Readiness::BOTH)
+            }
             9 => self.serve(),
             10 => {
                 // A whole chain: readable pieces, then writable ones, with bytes in the first.

@@ -52,7 +52,7 @@ impl PrivateMemory {
         File::open("/proc/self/smaps").map(Self)
     }
 
-    /// KiB of memory that no other process has: all, and what lies outside `guest` (addresses in this process, ends exclusive).
+    /// KiB of memory that no other process has and that is in no file either: all, and what lies outside `guest` (addresses in this process, ends exclusive).
     fn measure(&self, guest: &[(u64, u64)]) -> io::Result<(u64, u64)> {
         let from_start = ReadAt { file: &self.0, at: 0 };
         sum(BufReader::with_capacity(4096, from_start), guest)
@@ -73,7 +73,8 @@ impl Read for ReadAt<'_> {
     }
 }
 
-/// Adds up an smaps file.
+/// Adds up the anonymous memory in an smaps file, copies of a file's pages among it. The file's own pages (the program, a snapshot's memory) are the
+/// page cache's, also while only one process uses them; `Private_Clean` and, of files in memory, `Private_Dirty` would count them.
 fn sum(smaps: impl BufRead, guest: &[(u64, u64)]) -> io::Result<(u64, u64)> {
     let (mut all, mut own) = (0, 0);
     let mut is_guest = false;
@@ -82,7 +83,7 @@ fn sum(smaps: impl BufRead, guest: &[(u64, u64)]) -> io::Result<(u64, u64)> {
         let Some((first, rest)) = line.split_once(' ') else { continue };
         if let Some(start) = mapping_start(first) {
             is_guest = guest.iter().any(|(from, to)| (*from..*to).contains(&start));
-        } else if first == "Private_Clean:" || first == "Private_Dirty:" {
+        } else if first == "Anonymous:" {
             let kib: u64 = rest.trim().trim_end_matches(" kB").parse().map_err(io::Error::other)?;
             all += kib;
             own += if is_guest { 0 } else { kib };
@@ -108,16 +109,17 @@ mod tests {
 55d0-55e0 r-xp 00000000 fe:01 1 /bin/sliver-vmm
 Size:                 64 kB
 Private_Clean:        12 kB
-Private_Dirty:         4 kB
+Private_Dirty:         8 kB
+Anonymous:             4 kB
 VmFlags: rd ex mr
 7f0000000000-7f0004000000 rw-p 00000000 00:00 0
-Private_Clean:         0 kB
-Private_Dirty:      1000 kB
+Private_Dirty:      3000 kB
+Anonymous:          1000 kB
 ";
         let guest = [(0x7f00_0000_0000, 0x7f00_0400_0000)];
-        assert_eq!(sum(smaps.as_bytes(), &guest).unwrap(), (1016, 16));
-        assert_eq!(sum(smaps.as_bytes(), &[]).unwrap(), (1016, 1016));
-        assert!(sum("Private_Dirty: many kB\n".as_bytes(), &[]).is_err());
+        assert_eq!(sum(smaps.as_bytes(), &guest).unwrap(), (1004, 4));
+        assert_eq!(sum(smaps.as_bytes(), &[]).unwrap(), (1004, 1004));
+        assert!(sum("Anonymous: many kB\n".as_bytes(), &[]).is_err());
     }
 
     #[test]

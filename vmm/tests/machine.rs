@@ -14,13 +14,18 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use commonage_net_demux_api::ring::{Endpoint, MAX_FRAME, RingFds};
 use commonage_vmm::control::channel;
 use commonage_vmm_api::{
-    DiskConfig, ExitReason, JailConfig, MachineConfig, NetConfig, Request, Response, Start, VsockConfig,
+    DiskConfig, ExitReason, JailConfig, MachineConfig, Metrics, NetConfig, Request, Response, Start,
+    VsockConfig,
 };
 use rustix::event::{PollFd, PollFlags};
 use tempfile::TempDir;
 
+#[path = "machine/balloon.rs"]
+mod balloon;
 #[path = "machine/control.rs"]
 mod control;
+#[path = "machine/disk.rs"]
+mod disk;
 #[path = "machine/ends.rs"]
 mod ends;
 #[path = "machine/snapshot.rs"]

@@ -28,7 +28,8 @@ use crate::error::{Error, Result};
 use crate::wake::{Topic, Wakers};
 
 /// Migrations in order. One that was released is never changed.
-const MIGRATIONS: [&str; 1] = [include_str!("../../migrations/0001_init.sql")];
+const MIGRATIONS: [&str; 2] =
+    [include_str!("../../migrations/0001_init.sql"), include_str!("../../migrations/0002_restart.sql")];
 const READERS: u32 = 8;
 
 /// The database.

@@ -103,7 +103,7 @@ pub enum RunState {
 /// What a machine has done since its process started, and what it takes.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Metrics {
-    /// Memory that only this process has, guest's and its own, KiB.
+    /// Memory that only this process has and no file could give back, guest's and its own, KiB.
     pub private_kib: u64,
     /// Of that, the process's own: what is not guest memory, KiB.
     pub vmm_private_kib: u64,

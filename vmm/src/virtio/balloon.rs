@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
+use virtio_queue::QueueT;
 use vm_memory::GuestAddress;
 
 use super::segments::{Segments, split};
@@ -42,6 +43,8 @@ const MOST_PAGES: usize = 1024;
 const NUMBER: usize = 4;
 /// Most statistics heeded; the standard knows 16.
 const MOST_STATISTICS: usize = 32;
+/// Most statistics buffers heeded at a time.
+const MOST_BUFFERS: usize = 32;
 /// A statistic: a tag of 16 bits, a value of 64.
 const STATISTIC: usize = 10;
 /// Tag: memory that is not used at all, bytes.
@@ -119,9 +122,17 @@ impl Balloon {
     /// Takes what the statistics queue has: numbers, to be kept until fresh ones are wanted.
     fn take_statistics(&mut self, queue: usize) -> Result<(), DeviceError> {
         let Some(active) = &mut self.active else { return Ok(()) };
-        // A driver has one buffer; one that offers more gets them back, a queue full at most.
-        for _ in 0..QUEUE_SIZES.len() * 16 {
-            let Some(chain) = pop(&mut active.queues, &active.memory, queue)? else { return Ok(()) };
+        // A driver has one buffer. One that has more gets them back, but not for ever.
+        for _ in 0..MOST_BUFFERS {
+            let Some(chain) = pop(&mut active.queues, &active.memory, queue)? else {
+                let broken = |source| DeviceError::Queue { queue, source };
+                let ring = active.queues.get_mut(queue).filter(|ring| ring.ready());
+                match ring.map(|ring| ring.enable_notification(&active.memory)).transpose().map_err(broken)? {
+                    // The driver was quicker.
+                    Some(true) => continue,
+                    _ => break,
+                }
+            };
             let head = chain.head_index();
             if let Some(free) = free_memory(&active.memory, chain) {
                 self.free_kib = Some(free / 1024);

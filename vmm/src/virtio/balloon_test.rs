@@ -4,6 +4,7 @@ use super::*;
 use crate::virtio::Interrupt;
 use crate::virtio::testing::{BUFFERS, Driver, MEMORY, hostile};
 use proptest::prelude::*;
+use virtio_queue::QueueT;
 
 const ALL: u64 = 1 << 32 | 1 << STATS_VQ | 1 << DEFLATE_ON_OOM | 1 << PAGE_REPORTING;
 /// Pages that the tests give away: 0x80 to 0xff.
@@ -113,6 +114,21 @@ fn statistics_are_kept_until_somebody_asks() {
     assert_eq!(rig.driver.used(2).len(), 1);
     rig.send(2, &statistics(&[(MEMORY_FREE, 6 << 20)]));
     assert_eq!(rig.balloon.metrics().1, Some(6 << 10));
+}
+
+#[test]
+fn every_queue_asks_for_the_next_notification() {
+    let mut rig = Rig::new(ALL);
+    for queue in &mut rig.balloon.active().unwrap().queues {
+        queue.set_event_idx(true);
+    }
+    for turn in 1..4 {
+        for queue in 0..4 {
+            rig.send(queue, &[0; 40]);
+            assert_eq!(rig.driver.notify_at(queue), turn, "queue {queue}");
+        }
+        rig.balloon.metrics();
+    }
 }
 
 #[test]

@@ -102,6 +102,12 @@ impl Driver {
         u64::from(self.memory.read_obj::<u16>(GuestAddress(avail + 2)).unwrap())
     }
 
+    /// What the device asks for with EVENT_IDX: to be notified when the chain of this number is offered.
+    pub fn notify_at(&self, queue: usize) -> u16 {
+        let used = queue as u64 * RINGS + USED;
+        self.memory.read_obj(GuestAddress(used + 4 + 8 * u64::from(self.sizes[queue]))).unwrap()
+    }
+
     /// Empties the rings, as a driver does that begins again.
     pub fn forget(&mut self, queue: usize) {
         self.write(queue as u64 * RINGS, &[0; RINGS as usize]);

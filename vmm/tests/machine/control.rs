@@ -135,7 +135,7 @@ fn streams_go_both_ways_over_vsock() {
 }
 
 /// Reads what the console says until it has said `words`.
-fn hear(console: &mut UnixStream, heard: &mut String, words: &str) {
+pub fn hear(console: &mut UnixStream, heard: &mut String, words: &str) {
     let mut buffer = [0; 4096];
     while !heard.contains(words) {
         let count = console.read(&mut buffer).unwrap();
@@ -145,7 +145,7 @@ fn hear(console: &mut UnixStream, heard: &mut String, words: &str) {
 }
 
 /// Attaches to the console.
-fn attach(machine: &Machine, child: &mut Child) -> UnixStream {
+pub fn attach(machine: &Machine, child: &mut Child) -> UnixStream {
     let mut console = machine.connect(child);
     ask(&console, &Request::Console);
     // Byte by byte: what follows the line is the console's.

@@ -236,6 +236,16 @@ fn many_requests_at_a_time_are_each_answered_once() {
 }
 
 #[test]
+fn it_asks_for_the_next_notification() {
+    let mut rig = Rig::new();
+    rig.blk.active().unwrap().queues[0].set_event_idx(true);
+    for turn in 1..5 {
+        rig.request(VIRTIO_BLK_T_IN, 0, Some((512, true)));
+        assert_eq!(rig.driver.notify_at(0), turn);
+    }
+}
+
+#[test]
 fn nothing_touches_memory_after_a_reset() {
     for _ in 0..20 {
         let mut rig = Rig::new();
