@@ -28,7 +28,7 @@ use crate::devices::console::Console;
 use crate::devices::serial::{Line, SerialPort};
 use crate::event;
 use crate::halt::HaltWatch;
-use crate::jail::{Jail, JailError};
+use crate::jail::{Jail, JailError, allocator};
 use crate::layout;
 use crate::mapping::ReadOnlyMapping;
 use crate::metrics::PrivateMemory;
@@ -237,6 +237,8 @@ impl Machine {
             .map_err(host_error("start a processor's thread"))?;
         // The last thread was started. What the guest does is served from here on only.
         event_loop.install()?;
+        drop((event_loop, vcpu));
+        allocator::trim();
         let reason = self.event_loop();
         self.bus.console().commit();
         if let Some(control) = &mut self.control {

@@ -32,6 +32,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    if let Some(plain) = cli::run::Plain::recognise(std::env::args_os().skip(1)) {
+        return plain.run();
+    }
     match Arguments::parse().command {
         Command::Run(arguments) => cli::run::run(*arguments),
         Command::Ctl(arguments) => cli::ctl::run(arguments),

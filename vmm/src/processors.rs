@@ -178,7 +178,7 @@ impl Processors {
             };
             let (processor, filter) = (Arc::clone(processor), filter.clone());
             let thread = std::thread::Builder::new().name(format!("vcpu{}", processor.id));
-            self.threads.push(thread.spawn(move || processor.run(&shared, &filter))?);
+            self.threads.push(thread.spawn(move || processor.run(&shared, filter))?);
         }
         Ok(())
     }
@@ -241,8 +241,10 @@ impl Processors {
 }
 
 impl Processor {
-    fn run(&self, shared: &Shared, filter: &Filter) {
-        if let Err(error) = filter.install() {
+    fn run(&self, shared: &Shared, filter: Filter) {
+        let installed = filter.install();
+        drop(filter); // the kernel has its own copy
+        if let Err(error) = installed {
             shared.exit.set(ExitReason::Failed { message: error.to_string() });
             return shared.gate.leave();
         }

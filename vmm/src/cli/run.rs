@@ -1,6 +1,7 @@
 //! `sliver-vmm run`: a configuration (a file, or flags for a person who tries one machine by hand) becomes a machine, which runs until it
 //! ends; the process exits with what became of it.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -85,7 +86,40 @@ pub struct Arguments {
 
 /// Runs the machine, and ends the process.
 pub fn run(arguments: Arguments) -> ExitCode {
-    let reason = machine(arguments).unwrap_or_else(|error| ExitReason::Failed { message: error.to_string() });
+    let void = arguments.void;
+    end(machine(void, || arguments.config()))
+}
+
+/// What a node manager types, in these words and this order: `run --config FILE [--void MOUNT,NETWORK]`.
+pub struct Plain {
+    config: PathBuf,
+    void: Option<inherited::Numbers>,
+}
+
+impl Plain {
+    /// Recognises `words` without the command line's parser: to build that takes as long as to start a clone. `None` if it is anything else,
+    /// also if it is wrong: then the parser tells how.
+    pub fn recognise(mut words: impl Iterator<Item = OsString>) -> Option<Self> {
+        let mut next_is = |word: &str| words.next().is_some_and(|next| next == word).then_some(());
+        next_is("run")?;
+        next_is("--config")?;
+        let config = words.next()?.into();
+        let void = match words.next() {
+            None => None,
+            Some(word) if word == "--void" => Some(words.next()?.to_str()?.parse().ok()?),
+            Some(_) => return None,
+        };
+        words.next().is_none().then_some(Self { config, void })
+    }
+
+    /// Runs the machine, and ends the process.
+    pub fn run(self) -> ExitCode {
+        end(machine(self.void, || read_config(&self.config)))
+    }
+}
+
+fn end(result: Result<ExitReason, MachineError>) -> ExitCode {
+    let reason = result.unwrap_or_else(|error| ExitReason::Failed { message: error.to_string() });
     match &reason {
         ExitReason::Reboot | ExitReason::Halt | ExitReason::Stopped => {}
         bad => eprintln!("sliver-vmm: {}", show::reason(bad)),
@@ -94,11 +128,14 @@ pub fn run(arguments: Arguments) -> ExitCode {
     std::process::exit(reason.code())
 }
 
-fn machine(arguments: Arguments) -> Result<ExitReason, MachineError> {
+fn machine(
+    void: Option<inherited::Numbers>,
+    config: impl FnOnce() -> Result<MachineConfig, MachineError>,
+) -> Result<ExitReason, MachineError> {
     allocator::one_arena();
-    let void = inherited::take(arguments.void)
+    let void = inherited::take(void)
         .map_err(|source| MachineError::Host { what: "take over inherited descriptors", source })?;
-    Machine::new(&arguments.config()?)?.run(void)
+    Machine::new(&config()?)?.run(void)
 }
 
 impl Arguments {
@@ -207,6 +244,27 @@ mod tests {
         std::fs::write(directory.path().join("touched"), "").unwrap();
         let Start::Restore { prefault, .. } = config(&line).unwrap().start else { panic!() };
         assert_eq!(prefault, Some(directory.path().join("touched")));
+    }
+
+    #[test]
+    fn a_node_managers_words_are_recognised_and_no_others() {
+        let recognise = |line: &str| Plain::recognise(line.split_whitespace().map(OsString::from));
+        let plain = recognise("run --config machine.json").unwrap();
+        assert_eq!((plain.config, plain.void), ("machine.json".into(), None));
+        assert_eq!(recognise("run --config m --void 3,4").unwrap().void, Some("3,4".parse().unwrap()));
+        for line in [
+            "",
+            "run",
+            "run --config",
+            "run --config m --void",
+            "run --config m --void 3",
+            "run --config m --void 3,4 --uid 5",
+            "run --config m --uid 5",
+            "run --void 3,4 --config m",
+            "ctl --config m",
+        ] {
+            assert!(recognise(line).is_none(), "{line:?}");
+        }
     }
 
     #[test]

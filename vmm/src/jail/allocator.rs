@@ -6,3 +6,9 @@ pub fn one_arena() {
     // SAFETY: no pointers are passed, and the library takes its lock. It fails only for arguments that make no sense.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
+
+/// Gives back what was only needed to build the machine: a snapshot's state, the command line, filters.
+pub fn trim() {
+    // SAFETY: only memory that no allocation holds is given back.
+    unsafe { libc::malloc_trim(0) };
+}

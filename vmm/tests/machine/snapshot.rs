@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::time::Instant;
 
 use commonage_vmm::control::channel::Patience;
 use commonage_vmm_api::{Metrics, RunState};
@@ -253,6 +254,24 @@ fn pages_that_a_clone_touched_are_a_hint_for_the_next() {
     let mut talking = Talking::start(&clone);
     assert_eq!(talking.say("is next"), "next after template");
     talking.stop();
+    let (with, without) = (clone.config.clone(), clone_of(&template).config);
+    let mut times = [&with, &without].map(|config| (config, Vec::new()));
+    for _ in 0..12 {
+        for (config, times) in &mut times {
+            clone.config.start = config.start.clone();
+            let started = Instant::now();
+            let mut talking = Talking::start(&clone);
+            assert_eq!(talking.say("is timed"), "timed after template");
+            times.push(started.elapsed());
+            talking.stop();
+        }
+    }
+    let [with_list, without_list] = times.map(|(_, mut times)| {
+        times.sort_unstable();
+        times[times.len() / 2]
+    });
+    println!("median from start to answer: {with_list:?} with the list of pages, {without_list:?} without");
+    clone.config = with;
     // A damaged hint is none.
     std::fs::write(template.path("prefault"), b"nonsense").unwrap();
     let mut talking = Talking::start(&clone);
