@@ -29,6 +29,8 @@ pub struct Facts {
     pub sources: Vec<String>,
     /// `package version` of all that the base `debian` can be made of.
     pub base_packages: Vec<String>,
+    /// The same of the base `containers`.
+    pub container_packages: Vec<String>,
 }
 
 /// A command of apt's that asks nothing and speaks English.
@@ -43,7 +45,9 @@ pub(crate) fn command(program: &str) -> Command {
 /// # Errors
 /// When apt fails or its sources have no Debian kernel.
 pub fn facts(context: &Context) -> Result<Facts> {
-    let mut recipe = Recipe::new("apt", 1).input("base", bases::DEBIAN_PACKAGES.join(" "));
+    let mut recipe = Recipe::new("apt", 2)
+        .input("base", bases::DEBIAN_PACKAGES.join(" "))
+        .input("containers", bases::CONTAINER_PACKAGES.join(" "));
     for directory in ["/var/lib/apt/lists", "/etc/apt", "/etc/apt/sources.list.d", "/etc/apt/preferences.d"] {
         recipe = recipe.input(directory, state(Path::new(directory)));
     }
@@ -100,8 +104,9 @@ fn ask(build: &Build<'_>) -> Result<()> {
             "no source's origin is Debian; this needs Debian 12 or newer",
         )
     })?;
-    let facts =
-        Facts { kernel_package, kernel_version, release, sources, base_packages: base_packages(build)? };
+    let base_packages = closure(build, bases::DEBIAN_PACKAGES)?;
+    let container_packages = closure(build, bases::CONTAINER_PACKAGES)?;
+    let facts = Facts { kernel_package, kernel_version, release, sources, base_packages, container_packages };
     let json = serde_json::to_vec_pretty(&facts)
         .map_err(|e| Error::unexpected("keep what apt said", e.to_string()))?;
     let path = build.out.join("facts.json");
@@ -140,8 +145,8 @@ fn parse_sources(targets: &str, keyring: bool) -> Option<(String, Vec<String>)> 
     Some((release, lines))
 }
 
-/// Versions of the base's packages and of everything they may need.
-fn base_packages(build: &Build<'_>) -> Result<Vec<String>> {
+/// Versions of a base's packages and of everything they may need.
+fn closure(build: &Build<'_>, packages: &[&str]) -> Result<Vec<String>> {
     let mut essential = command("dpkg-query");
     let essential = build
         .log
@@ -155,7 +160,7 @@ fn base_packages(build: &Build<'_>) -> Result<Vec<String>> {
         "--no-conflicts",
         "--no-breaks",
     ]);
-    depends.args(["--no-replaces", "--no-enhances"]).args(bases::DEBIAN_PACKAGES).arg("apt");
+    depends.args(["--no-replaces", "--no-enhances"]).args(packages).arg("apt");
     depends.args(essential.lines().filter_map(|l| l.strip_prefix("yes ")));
     let depends = build.log.output("list what the base needs", &mut depends)?;
     let mut names: Vec<&str> =

@@ -1,7 +1,8 @@
 //! The bases of slivers: read-only erofs images that every sliver of a node maps through virtio-pmem with DAX.
 //!
 //! DAX wants every file's data in whole blocks, not compressed and not inline, and the device's length a multiple of 2 MiB.
-//! `mini` is a static busybox; `agent` is that with PLC's agent; `debian` is Debian's minimal system, ready for apt.
+//! `mini` is a static busybox; `agent` is that with PLC's agent; `debian` is Debian's minimal system, ready for apt. `containers`, which is no
+//! part of a node, is a Debian with podman, Docker and the network's tools: the tests see in it that a sliver can do what its kernel promises.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,11 +15,41 @@ use crate::apt::{self, Facts};
 use crate::cache::{Build, Recipe};
 use crate::error::{Error, IoContext as _, Result};
 use crate::initramfs::Binaries;
-use crate::packages::Versions;
+use crate::packages::{self, Versions};
 
 /// What `debian` has besides what is essential: enough to look at the network, serve and fetch files, and trust what HTTPS says.
 pub const DEBIAN_PACKAGES: &[&str] =
     &["busybox-static", "ca-certificates", "iproute2", "netbase", "procps", "wget"];
+
+/// What `containers` has besides what is essential.
+pub const CONTAINER_PACKAGES: &[&str] = &[
+    "aardvark-dns",
+    "arptables",
+    "bpftool",
+    "busybox-static",
+    "catatonit",
+    "crun",
+    "docker.io",
+    "e2fsprogs",
+    "ebtables",
+    "ethtool",
+    "fuse-overlayfs",
+    "iproute2",
+    "ipset",
+    "iptables",
+    "ipvsadm",
+    "netavark",
+    "nftables",
+    "podman",
+    "procps",
+    "slirp4netns",
+    "uidmap",
+    "wireguard-tools",
+];
+
+/// Directories for the layers of containers. Their programs cannot keep those on an overlay, which a sliver's root is, so sliver-init mounts
+/// parts of the disk itself here: see `root.rs` there.
+const LAYERS: &[&str] = &["var/lib/containerd", "var/lib/containers", "var/lib/docker"];
 
 /// What virtio-pmem maps at once.
 const ALIGNMENT: u64 = 2 << 20;
@@ -134,14 +165,42 @@ fn stage(build: &Build<'_>, root: &Path) -> Result<()> {
 }
 
 fn debian(context: &Context, versions: &Versions, facts: &Facts) -> Result<PathBuf> {
-    let recipe = recipe("base-debian", versions)
-        .input("builder", versions.of("mmdebstrap"))
-        .input("include", DEBIAN_PACKAGES.join(" "))
-        .input("leave out", LEFT_OUT.join(" "))
-        .input("release", &facts.release)
-        .input("sources", facts.sources.join("\n"))
-        .input("packages", facts.base_packages.join("\n"));
-    Ok(context.cache.get(&recipe, |build| bootstrap(build, facts))?.path("base-debian.erofs"))
+    let contents = Contents { packages: DEBIAN_PACKAGES, closure: &facts.base_packages };
+    contents.base("base-debian", context, versions, facts)
+}
+
+/// The base `containers`, for tests alone: built when asked for.
+///
+/// # Errors
+/// When a package cannot be had or the image not made.
+pub fn containers(context: &Context) -> Result<PathBuf> {
+    let versions = packages::ensure(context, &[packages::BUILD])?;
+    let facts = apt::facts(context)?;
+    let contents = Contents { packages: CONTAINER_PACKAGES, closure: &facts.container_packages };
+    contents.base("base-containers", context, &versions, &facts)
+}
+
+/// What a base of Debian's packages is made of.
+struct Contents<'a> {
+    packages: &'a [&'a str],
+    /// Versions of those and of all that they need.
+    closure: &'a [String],
+}
+
+impl Contents<'_> {
+    fn base(&self, kind: &str, context: &Context, versions: &Versions, facts: &Facts) -> Result<PathBuf> {
+        let recipe = recipe(kind, versions)
+            .input("builder", versions.of("mmdebstrap"))
+            .input("include", self.packages.join(" "))
+            .input("leave out", LEFT_OUT.join(" "))
+            .input("directories", LAYERS.join(" "))
+            .input("release", &facts.release)
+            .input("sources", facts.sources.join("\n"))
+            .input("packages", self.closure.join("\n"));
+        let image = format!("{kind}.erofs");
+        let entry = context.cache.get(&recipe, |build| bootstrap(build, facts, self.packages, &image))?;
+        Ok(entry.path(&image))
+    }
 }
 
 /// What dpkg does not unpack: nobody reads manuals in a sliver.
@@ -163,13 +222,14 @@ tar -x --xattrs --xattrs-include='*' --numeric-owner --exclude='./dev/*' --exclu
 mkfs.erofs "$@" "$d/image" "$d/root" >&2
 cat "$d/image""#;
 
-fn bootstrap(build: &Build<'_>, facts: &Facts) -> Result<()> {
+fn bootstrap(build: &Build<'_>, facts: &Facts, packages: &[&str], image: &str) -> Result<()> {
     let sources = build.scratch.join("sources.list");
     std::fs::write(&sources, facts.sources.join("\n") + "\n").doing("write", &sources)?;
     let archive = build.scratch.join("debian.tar");
     let mut mmdebstrap = apt::command("mmdebstrap");
     mmdebstrap.env("SOURCE_DATE_EPOCH", "0").args(["--variant=minbase", "--format=tar"]);
-    mmdebstrap.arg(format!("--include={}", DEBIAN_PACKAGES.join(",")));
+    mmdebstrap.arg(format!("--include={}", packages.join(",")));
+    mmdebstrap.arg(format!("--customize-hook=cd \"$1\" && mkdir -p -m 0711 {}", LAYERS.join(" ")));
     mmdebstrap.args(LEFT_OUT.iter().map(|option| format!("--dpkgopt={option}")));
     for option in proxies(&build.log.output("ask apt for proxies", apt::command("apt-config").arg("dump"))?) {
         mmdebstrap.arg(format!("--aptopt={option}"));
@@ -177,7 +237,7 @@ fn bootstrap(build: &Build<'_>, facts: &Facts) -> Result<()> {
     mmdebstrap.arg(&facts.release).arg(&archive).arg(&sources);
     build.log.run("make a minimal Debian", &mut mmdebstrap)?;
 
-    let image = build.out.join("base-debian.erofs");
+    let image = build.out.join(image);
     let mut convert = if rustix::process::geteuid().is_root() {
         Command::new("sh")
     } else {

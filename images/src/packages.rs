@@ -17,6 +17,7 @@ pub const BUILD: &[(&str, &str)] = &[
     ("libc6-dev", "the sliver kernel's build tools"),
     ("binutils", "the sliver kernel"),
     ("make", "the sliver kernel"),
+    ("patch", "the sliver kernel"),
     ("flex", "the sliver kernel"),
     ("bison", "the sliver kernel"),
     ("bc", "the sliver kernel"),

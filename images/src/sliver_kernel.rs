@@ -1,4 +1,4 @@
-//! The kernel of slivers: Debian's `linux-source-6.12`, configured by `kernel/sliver.config` over `tinyconfig`.
+//! The kernel of slivers: Debian's `linux-source-6.12`, with the changes in `kernel/patches`, configured by `kernel/*.config` over `tinyconfig`.
 //!
 //! It is not Debian's packaged kernel because that takes seven seconds to boot as a nested guest and this one half a second.
 
@@ -11,8 +11,14 @@ use crate::cache::{Build, Recipe};
 use crate::error::{Error, IoContext as _, Result};
 use crate::packages::Versions;
 
-const FRAGMENT_NAME: &str = "images/kernel/sliver.config";
-const FRAGMENT: &str = include_str!("../kernel/sliver.config");
+const FRAGMENT_NAME: &str = "images/kernel/*.config";
+const FRAGMENT: &str =
+    concat!(include_str!("../kernel/sliver.config"), "\n", include_str!("../kernel/network.config"));
+/// Changes to the source, each with its reason at its beginning, by name.
+const PATCHES: &[(&str, &str)] = &[
+    ("deferrable-housekeeping", include_str!("../kernel/patches/deferrable-housekeeping.patch")),
+    ("no-fair-server", include_str!("../kernel/patches/no-fair-server.patch")),
+];
 const SOURCE: &str = "/usr/src/linux-source-6.12.tar.xz";
 
 /// Builds it; returns the stripped `vmlinux`.
@@ -20,8 +26,9 @@ const SOURCE: &str = "/usr/src/linux-source-6.12.tar.xz";
 /// # Errors
 /// When the fragment asks for what this version doesn't have, or the build fails.
 pub fn build(context: &Context, versions: &Versions) -> Result<PathBuf> {
-    let recipe = Recipe::new("sliver-kernel", 1)
+    let recipe = Recipe::new("sliver-kernel", 2)
         .input("config", FRAGMENT)
+        .input("patches", PATCHES.iter().map(|(_, text)| *text).collect::<String>())
         .input("source", versions.of("linux-source-6.12"))
         .input("compiler", versions.of("gcc"))
         .input("linker", versions.of("binutils"));
@@ -36,6 +43,15 @@ fn compile(build: &Build<'_>) -> Result<()> {
         "unpack the kernel source",
         tar.args(["-xf", SOURCE, "--strip-components=1", "-C"]).arg(&source),
     )?;
+
+    for (name, text) in PATCHES {
+        let file = build.scratch.join(format!("{name}.patch"));
+        std::fs::write(&file, text).doing("write", &file)?;
+        let mut patch = Command::new("patch");
+        // No fuzz: a patch that nearly fits may do something else than it says.
+        patch.args(["--batch", "--forward", "--fuzz=0", "-p1", "-d"]).arg(&source).arg("-i").arg(&file);
+        build.log.run(&format!("apply images/kernel/patches/{name}.patch"), &mut patch)?;
+    }
 
     build.log.run("make tinyconfig", make(&source).arg("tinyconfig"))?;
     let path = source.join(".config");

@@ -176,6 +176,6 @@ pub(crate) fn accelerator() -> [(&'static str, &'static str); 3] {
     if nested && usable {
         [("-accel", "kvm"), ("-cpu", "host"), ("-smp", "2")]
     } else {
-        [("-accel", "tcg"), ("-cpu", "max,-erms,-fsrm"), ("-smp", "1")]
+        [("-accel", "tcg"), ("-cpu", "max,-erms,-fsrm,-xsave,-avx,-avx2,-fma,-f16c"), ("-smp", "1")]
     }
 }

@@ -25,6 +25,8 @@ const BASE: &str = "/dev/pmem0";
 const MOVED: [&str; 4] = ["/dev", "/proc", "/sys", "/run"];
 /// Directories in `/var/lib` that are the disk's own where the base has them: what they hold is layers of overlays, and those cannot lie on one.
 const PLAIN: [&str; 3] = ["docker", "containerd", "containers"];
+/// Devices that are for everybody, and that the kernel makes for root alone: a tunnel or a mount made with one is in the maker's own namespaces.
+const FOR_EVERYBODY: [&str; 2] = ["/dev/fuse", "/dev/net/tun"];
 /// How long devices have to appear. They are there at once unless the kernel probes them late.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
 /// Tables that a new file system has not written yet read as zeros anyway, so no thread need write them, which would also take the node's disk.
@@ -74,6 +76,11 @@ pub fn prepare() -> Result<()> {
                 log(format_args!("cannot make /dev/{link}: {e}"))
             }
             _ => {}
+        }
+    }
+    for device in FOR_EVERYBODY {
+        if let Err(e) = fs::set_permissions(device, Permissions::from_mode(0o666)) {
+            log(format_args!("cannot open {device} to everybody: {e}"));
         }
     }
 
