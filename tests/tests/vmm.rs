@@ -26,7 +26,10 @@ const JAIL_COMMAND: &str = "jail --ignored --test-threads=1 --color=never --skip
 fn sliver_machines_pass_their_tests() {
     let images = common::images().unwrap();
     let (machine, vmm) = (build("machine").unwrap(), images.binary("sliver-vmm"));
+    // One of its machines has 4 GiB, and is saved and cloned.
     let nested = nested::Machine::new(&images)
+        .memory_mib(1536)
+        .patience(Duration::from_secs(1200))
         .file("/bin/machine", &machine)
         .file("/bin/sliver-vmm", &vmm)
         .file("/vmlinux", &images.sliver_kernel)
