@@ -25,7 +25,7 @@ const BASE_ALIGNMENT: u64 = 2 << 20;
 /// QEMU, and what its `microvm` reads to start.
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 const FIRMWARE: [&str; 3] =
-    ["/usr/share/qemu/bios-microvm.bin", "/usr/share/qemu/linuxboot_dma.bin", "/usr/share/qemu/pvh.bin"];
+    ["/usr/share/qemu/qboot.rom", "/usr/share/qemu/linuxboot_dma.bin", "/usr/share/qemu/pvh.bin"];
 /// The disk of an emulated node: sparse, so what slivers do not take is not there.
 const DISK_MIB: u64 = 32 * 1024;
 
@@ -149,7 +149,9 @@ impl Place {
         for firmware in FIRMWARE {
             machine = machine.file(firmware, Path::new(firmware));
         }
-        let said = machine.run(&format!("bench-node {}", arguments.join(" ")))?;
+        // Of a failure the kernel may know more: it is at its end that messages about killed processes are.
+        let command = format!("bench-node {} || {{ dmesg | tail -n 25; false; }}", arguments.join(" "));
+        let said = machine.run(&command)?;
         let result = said.lines().find_map(|l| Some(l.split_once(RESULT)?.1.to_owned()));
         result.with_context(|| format!("bench-node gave no result; it said:\n{said}"))
     }

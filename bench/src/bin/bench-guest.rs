@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::os::unix::fs::{OpenOptionsExt as _, symlink};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _, symlink};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::Command;
@@ -29,9 +29,11 @@ use rustix::system::RebootCommand;
 const SLIVER_INIT: &str = "/sliver-init";
 /// Where a base is expected.
 const PMEM: &str = "/dev/pmem0";
-/// The disk that is loaded, and where a base is when there is no persistent memory.
+/// The disk that is loaded.
 const DISK: &str = "/dev/vda";
-const DISK_WITH_BASE: &str = "/dev/vdb";
+/// Where a base may be when there is no persistent memory, in no certain order, and what it has at which offset: erofs's magic number.
+const DISKS: [&str; 2] = ["/dev/vda", "/dev/vdb"];
+const EROFS: (u64, [u8; 4]) = (1024, 0xe0f5_e1e2_u32.to_le_bytes());
 /// Alignment of direct input and output, bytes.
 const ALIGNMENT: usize = 4096;
 /// Largest request, bytes.
@@ -71,9 +73,17 @@ fn first_process() -> Result<std::convert::Infallible> {
         bail!("the machine goes on after its reset");
     }
     if !Path::new(PMEM).exists() {
-        symlink(DISK_WITH_BASE, PMEM).context("cannot name the base")?;
+        let base = DISKS.iter().find(|disk| is_base(disk)).context("no disk is a base")?;
+        symlink(base, PMEM).context("cannot name the base")?;
     }
     Err(Command::new(SLIVER_INIT).exec()).with_context(|| format!("cannot become {SLIVER_INIT}"))
+}
+
+fn is_base(disk: &str) -> bool {
+    let (offset, wanted) = EROFS;
+    let mut magic = [0; 4];
+    let read = File::open(disk).and_then(|disk| disk.read_exact_at(&mut magic, offset));
+    read.is_ok() && magic == wanted
 }
 
 /// A load: name, bytes a request, whether it writes, whether in order, how many at once.

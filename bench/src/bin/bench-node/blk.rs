@@ -31,9 +31,7 @@ pub struct Options {
 /// Measures.
 pub fn measure(options: &Options) -> Result<Blk> {
     let Options { rounds, window_ms, file_mib, places } = options;
-    for dir in [&places.run, &places.state] {
-        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    }
+    places.make()?;
     let disk = places.state.join("blk.img");
     fill(&disk, *file_mib).with_context(|| format!("cannot write {}", disk.display()))?;
     let parts = Parts { disk, base: None, cmdline: format!("bench=blk window_ms={window_ms}") };

@@ -62,6 +62,7 @@ pub async fn measure(options: &Options) -> Result<Density> {
     let base = if options.program { "bench" } else { "mini" };
     let shape = Shape { base: base.to_owned(), memory_mib: options.guest_mib, disk_mib: 64 };
     let (places, idle) = (options.places.clone(), Duration::from_secs(options.idle));
+    places.make()?;
     let mut peer = None;
     if options.boots > 0 {
         let (places, boots, peers) = (places.clone(), options.boots, options.peers);

@@ -53,6 +53,7 @@ pub struct Machine {
     child: Child,
     console: Lines<BufReader<ChildStdout>>,
     started: Instant,
+    log: PathBuf,
 }
 
 impl Machine {
@@ -69,7 +70,7 @@ impl Machine {
         let started = Instant::now();
         let mut child = command.spawn().with_context(|| format!("cannot run {:?}", command.get_program()))?;
         let console = child.stdout.take().context("the console is gone")?;
-        Ok(Self { child, console: BufReader::new(console).lines(), started })
+        Ok(Self { child, console: BufReader::new(console).lines(), started, log })
     }
 
     /// Waits for a line of the console that contains `wanted`; returns it, and how long after the process's start it came.
@@ -83,6 +84,7 @@ impl Machine {
             said.push(line);
         }
         let status = self.child.wait()?;
+        said.extend(std::fs::read_to_string(&self.log).into_iter());
         bail!("the machine ended ({status}) before it said {wanted:?}; it said:\n{}", said.join("\n"))
     }
 

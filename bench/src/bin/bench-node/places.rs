@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::{Context as _, Result};
 use clap::Args;
 
 /// Where things are on the node.
@@ -37,4 +38,14 @@ pub struct Places {
     /// QEMU.
     #[arg(long, default_value = "/usr/bin/qemu-system-x86_64")]
     pub qemu: PathBuf,
+}
+
+impl Places {
+    /// Makes the directories that are written to.
+    pub fn make(&self) -> Result<()> {
+        for dir in [&self.run, &self.state] {
+            std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        }
+        Ok(())
+    }
 }

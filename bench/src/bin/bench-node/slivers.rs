@@ -68,7 +68,9 @@ async fn running(manager: &Arc<Manager>, slice: &SliceName) -> Result<()> {
             state @ (SliverState::Failed { .. }
             | SliverState::Running { .. }
             | SliverState::Stopped { .. }) => {
-                bail!("{slice}: {state:?}")
+                let paths = manager.paths(slice);
+                let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+                bail!("{slice}: {state:?}\n{}{}", read(paths.vmm_log()), read(paths.console()))
             }
             SliverState::Pending | SliverState::Starting => {}
         }

@@ -45,9 +45,7 @@ impl World {
     /// # Errors
     /// A program or device of the node is missing.
     pub async fn start(places: Places, prefault: bool) -> Result<Self> {
-        for dir in [&places.run, &places.state] {
-            std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        }
+        places.make()?;
         let demux = network(&places)?;
         std::fs::write(places.run.join("host.json"), HOST_JSON).context("cannot write host.json")?;
         let manager = manager_of(&places, true, prefault).await?;
