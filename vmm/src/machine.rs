@@ -159,6 +159,8 @@ impl Machine {
     /// Opens and builds everything; the guest does not run yet.
     pub fn new(config: &MachineConfig) -> Result<Self, MachineError> {
         check(config)?;
+        // Before the control socket is there: who sees that may give the disk another name.
+        let jail = Jail::new(config).map_err(host_error("look at the disk"))?;
         let base = match &config.base {
             Some(path) => Some(File::open(path).map_err(file_error("open the base image", path))?),
             None => None,
@@ -210,7 +212,7 @@ impl Machine {
             host,
             control,
             exit,
-            jail: Jail::new(config).map_err(host_error("look at the disk"))?,
+            jail,
             shape,
             snapshot_of,
             saved,
