@@ -63,10 +63,10 @@ impl VirtioConsole {
                 }
                 break;
             }
+            budget -= 1;
             let Some(chain) = pop(&mut active.queues, &active.memory, RX)? else {
                 if wants_more(active)? { continue } else { break }
             };
-            budget -= 1;
             let head = chain.head_index();
             let count = give(&active.memory, chain, self.typed.make_contiguous()).unwrap_or(0);
             self.typed.drain(..count);

@@ -1,5 +1,7 @@
 //! The balloon of whole machines: memory that the guest gives up is really the host's again, and the guest's when it needs it.
 
+use std::time::{Duration, Instant};
+
 use super::control::{attach, hear};
 use super::*;
 
@@ -52,12 +54,14 @@ impl Running {
 
     /// Asks until the metrics are as wished.
     fn until(&mut self, wish: impl Fn(&Metrics) -> bool) -> Metrics {
+        let patience = Instant::now() + Duration::from_secs(120);
         loop {
             assert!(self.child.try_wait().unwrap().is_none(), "the machine ended early: {}", self.heard);
             let metrics = self.metrics();
             if wish(&metrics) {
                 return metrics;
             }
+            assert!(Instant::now() < patience, "still {metrics:?}: {}", self.heard);
             // The guest needs the processor too; what it says ends the pause.
             let pause = rustix::time::Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
             let mut fds = [PollFd::new(&self.console, PollFlags::HUP)];

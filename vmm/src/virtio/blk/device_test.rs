@@ -246,6 +246,24 @@ fn it_asks_for_the_next_notification() {
 }
 
 #[test]
+fn rings_that_overlap_do_not_hold_the_event_loop() {
+    let mut rig = Rig::new();
+    let active = rig.blk.active().unwrap();
+    let queue = &mut active.queues[0];
+    // The used ring's flags are the available ring's index: it is 1 while notifications are off, and 0 while they are on.
+    queue.try_set_avail_ring_address(GuestAddress(0xffe)).unwrap();
+    queue.try_set_used_ring_address(GuestAddress(0x1000)).unwrap();
+    queue.set_next_avail(1);
+    assert!(queue.is_valid(&active.memory));
+    rig.blk.queue_event(0).unwrap();
+    let (mut active, _) = rig.driver.activate();
+    std::mem::swap(&mut active.queues, &mut rig.blk.active().unwrap().queues);
+    active.drain(0, |_, _| panic!("nothing was offered")).unwrap();
+    // The rest is left to a next round.
+    assert_eq!(active.kicks[0].read().unwrap(), 1);
+}
+
+#[test]
 fn nothing_touches_memory_after_a_reset() {
     for _ in 0..20 {
         let mut rig = Rig::new();

@@ -156,6 +156,8 @@ impl Blk {
     fn serve(&mut self) -> Result<(), DeviceError> {
         let mut round = Round { requests: 2 * u32::from(QUEUE_SIZE), bytes: ROUND_BYTES };
         loop {
+            // A turn counts even if it takes nothing: in rings that overlap, asking for notifications changes what is available.
+            round.requests = round.requests.saturating_sub(1);
             let pause = self.take(&mut round)?;
             let Some(active) = &mut self.active else { return Ok(()) };
             let answered = self.disk.answer(active)?;
