@@ -84,7 +84,7 @@ impl Machine {
             said.push(line);
         }
         let status = self.child.wait()?;
-        said.extend(std::fs::read_to_string(&self.log).into_iter());
+        said.extend(std::fs::read_to_string(&self.log));
         bail!("the machine ended ({status}) before it said {wanted:?}; it said:\n{}", said.join("\n"))
     }
 
