@@ -49,20 +49,22 @@ impl VcpuState {
 
     /// Makes `vcpu`, whose CPUID is set, what this says.
     pub fn apply(&self, vcpu: &VcpuFd) -> Result<(), VmError> {
-        let take = || refused("a processor's saved state");
-        vcpu.set_mp_state(self.mp_state).map_err(take())?;
-        vcpu.set_regs(&self.regs).map_err(take())?;
-        vcpu.set_sregs(&self.sregs).map_err(take())?;
+        vcpu.set_mp_state(self.mp_state).map_err(refused("whether a processor runs, as saved"))?;
+        vcpu.set_regs(&self.regs).map_err(refused("a processor's saved registers"))?;
+        vcpu.set_sregs(&self.sregs).map_err(refused("a processor's saved special registers"))?;
         // SAFETY: KVM reads 4096 bytes, the size of the structure, unless this process asked for dynamically enabled features
         // (arch_prctl ARCH_REQ_XCOMP_GUEST_PERM), which it never does.
-        unsafe { vcpu.set_xsave(&self.xsave) }.map_err(take())?;
-        vcpu.set_xcrs(&self.xcrs).map_err(take())?;
-        vcpu.set_debug_regs(&self.debug).map_err(take())?;
+        unsafe { vcpu.set_xsave(&self.xsave) }.map_err(refused("a processor's saved vector registers"))?;
+        // A host without XSAVE has none, and refuses to be told so.
+        if self.xcrs.nr_xcrs > 0 {
+            vcpu.set_xcrs(&self.xcrs).map_err(refused("which vector registers a processor uses, as saved"))?;
+        }
+        vcpu.set_debug_regs(&self.debug).map_err(refused("a processor's saved debug registers"))?;
         // After the special registers, which hold the APIC's base; before the MSRs, of which the TSC deadline needs it.
-        vcpu.set_lapic(&self.lapic).map_err(take())?;
+        vcpu.set_lapic(&self.lapic).map_err(refused("a local interrupt controller's saved state"))?;
         write_msrs(vcpu, &self.msrs)?;
         // After the registers, whose setting clears pending exceptions.
-        vcpu.set_vcpu_events(&self.events).map_err(take())
+        vcpu.set_vcpu_events(&self.events).map_err(refused("a processor's saved pending events"))
     }
 
     /// Appends it to a state file.
