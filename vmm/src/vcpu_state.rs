@@ -57,7 +57,8 @@ impl VcpuState {
         unsafe { vcpu.set_xsave(&self.xsave) }.map_err(refused("a processor's saved vector registers"))?;
         // A host without XSAVE has none, and refuses to be told so.
         if self.xcrs.nr_xcrs > 0 {
-            vcpu.set_xcrs(&self.xcrs).map_err(refused("which vector registers a processor uses, as saved"))?;
+            vcpu.set_xcrs(&self.xcrs)
+                .map_err(refused("which vector registers a processor uses, as saved"))?;
         }
         vcpu.set_debug_regs(&self.debug).map_err(refused("a processor's saved debug registers"))?;
         // After the special registers, which hold the APIC's base; before the MSRs, of which the TSC deadline needs it.
