@@ -18,6 +18,7 @@ pub mod layout;
 pub mod machine;
 pub mod mapping;
 pub mod metrics;
+pub mod opened;
 pub mod origin;
 pub mod processors;
 pub mod rate_limit;

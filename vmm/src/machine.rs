@@ -1,15 +1,15 @@
 //! The only place that puts a machine together, and the event loop that keeps it running.
 //!
 //! ```text
-//!  Machine::new   opens every file, maps memory, loads the kernel, creates KVM's machine, devices, processors and sockets
-//!                 (or: reads a snapshot's state into them, and maps its memory)
-//!  Machine::run   locks the process in ─► starts one thread a processor ─► event loop ─► tells waiting clients why it ended
+//!  Machine::new   opens every file and socket ([`Opened`]) ─► locks the process in
+//!                 ─► maps memory, creates KVM's machine, devices and processors, loads the kernel (or reads a snapshot into them)
+//!  Machine::run   starts one thread a processor ─► event loop ─► tells waiting clients why it ended
 //! ```
 //!
-//! Invariant: nothing is opened by path after `new`; there is nothing to open then.
+//! Invariant: what files contain, also a snapshot that a tenant may have written, is looked at from inside the jail only.
 #![forbid(unsafe_code)]
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,7 +18,6 @@ use std::time::Instant;
 use commonage_isolation::void::Void;
 use commonage_net_demux_api::ring::{Ring, RingFds};
 use commonage_vmm_api::{ExitReason, MachineConfig, NetConfig};
-use rustix::fs::FlockOperation;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::boot::BootError;
@@ -28,11 +27,11 @@ use crate::devices::console::Console;
 use crate::devices::serial::{Line, SerialPort};
 use crate::event;
 use crate::halt::HaltWatch;
-use crate::jail::{Jail, JailError, allocator};
+use crate::jail::{JailError, allocator};
 use crate::layout;
 use crate::mapping::ReadOnlyMapping;
 use crate::metrics::PrivateMemory;
-use crate::origin::Origin;
+use crate::opened::Opened;
 use crate::processors::{Exit, Processors};
 use crate::reactor::{Reactor, Readiness};
 use crate::seccomp::{Filter, FilterError};
@@ -121,12 +120,9 @@ pub struct Machine {
     pub(crate) host: Reactor,
     pub(crate) control: Option<Control>,
     pub(crate) exit: Arc<Exit>,
-    jail: Jail,
     pub(crate) shape: Shape,
     /// The snapshot that it started from.
     pub(crate) snapshot_of: Option<Id>,
-    /// What the devices were when the machine was saved, until they are it again.
-    saved: Vec<TransportState>,
     pub(crate) halt: HaltWatch,
     pub(crate) private: PrivateMemory,
     pub(crate) pagemap: Option<Pagemap>,
@@ -156,36 +152,31 @@ fn check(config: &MachineConfig) -> Result<(), MachineError> {
 }
 
 impl Machine {
-    /// Opens and builds everything; the guest does not run yet.
-    pub fn new(config: &MachineConfig) -> Result<Self, MachineError> {
+    /// Opens everything, locks the process in (in the `void` if there is one) and builds the machine; the guest does not run yet. The
+    /// process must have one thread, and must end if this fails.
+    pub fn new(config: &MachineConfig, void: Option<Void>) -> Result<Self, MachineError> {
         check(config)?;
-        // Before the control socket is there: who sees that may give the disk another name.
-        let jail = Jail::new(config).map_err(host_error("look at the disk"))?;
-        let base = match &config.base {
-            Some(path) => Some(File::open(path).map_err(file_error("open the base image", path))?),
-            None => None,
-        };
+        let opened = Opened::open(config)?;
+        opened.jail(config).enter(void.as_ref())?;
+        drop(void);
+
+        let Opened { kvm, origin, base, disk, console, vsock, control, pagemap, private, .. } = opened;
         let shape = Shape::of(config, base.as_ref()).map_err(host_error("look at the base image"))?;
-        let origin = Origin::open(config, &shape)?;
-        let mut vm = Vm::new(origin.memory(config.memory_mib)?)?;
+        let origin = origin.read(&shape)?;
+        let mut vm = Vm::new(kvm, origin.memory(config.memory_mib)?)?;
         let reactor = Reactor::new().map_err(host_error("create the event loop"))?;
         let host = Reactor::new().map_err(host_error("create the event loop"))?;
         reactor
             .poller(HOST)
             .add(&host, 0, Readiness::READ)
             .map_err(host_error("watch what is not the guest's"))?;
-
-        let console = match &config.console {
-            Some(path) => Console::file(path).map_err(file_error("open the console file", path))?,
-            None => Console::stdout().map_err(host_error("create a timer"))?,
-        };
         host.poller(CONSOLE)
             .add(console.timer(), 0, Readiness::READ)
             .map_err(host_error("watch the console's timer"))?;
         let halting = new_event()?;
         console.on_halt(halting.try_clone().map_err(host_error("watch for a halt"))?);
         let halt = HaltWatch::new(halting, &host.poller(HALT)).map_err(host_error("watch for a halt"))?;
-        let (devices, ring) = devices(config, base, &mut vm, &console)?;
+        let (devices, ring) = devices(config, Parts { base, disk, vsock }, &mut vm, &console)?;
         let transports = connect(&vm, &reactor, devices)?;
         let line = new_event()?;
         vm.connect_interrupt(&line, layout::COM1_IRQ)?;
@@ -193,11 +184,14 @@ impl Machine {
 
         let snapshot_of = origin.snapshot();
         let (vcpus, saved) = origin.begin(config, &vm, &transports.parameters, &bus)?;
+        for (index, state) in saved.iter().enumerate() {
+            restore_device(&bus, index, state)?;
+        }
 
-        let control = match &config.control {
-            Some(path) => Some(
-                Control::new(path, ring, Arc::clone(&bus), host.poller(CONTROL))
-                    .map_err(file_error("listen on the control socket", path))?,
+        let control = match control {
+            Some(listener) => Some(
+                Control::new(listener, ring, Arc::clone(&bus), host.poller(CONTROL))
+                    .map_err(host_error("watch the control socket"))?,
             ),
             None => None,
         };
@@ -212,28 +206,20 @@ impl Machine {
             host,
             control,
             exit,
-            jail,
             shape,
             snapshot_of,
-            saved,
             halt,
-            pagemap: Pagemap::open().ok(),
-            private: PrivateMemory::open().map_err(host_error("open /proc/self/smaps"))?,
+            pagemap,
+            private,
             started: Instant::now(),
             vm,
         })
     }
 
-    /// Locks the process in, in the `void` if there is one, and runs the guest until the machine ends. The caller must then exit the process:
-    /// processors that were not the reason for the end are still running.
-    pub fn run(mut self, void: Option<Void>) -> Result<ExitReason, MachineError> {
-        self.jail.enter(void.as_ref())?;
-        drop(void);
+    /// Runs the guest until the machine ends. The caller must then exit the process: processors that were not the reason for the end are
+    /// still running.
+    pub fn run(mut self) -> Result<ExitReason, MachineError> {
         let (event_loop, vcpu) = (Filter::event_loop()?, Filter::vcpu()?);
-        // Devices read what a snapshot says of them: inside.
-        for (index, state) in std::mem::take(&mut self.saved).iter().enumerate() {
-            self.restore_device(index, state)?;
-        }
         self.processors
             .start(&self.bus, self.vm.memory(), &self.exit, &vcpu)
             .map_err(host_error("start a processor's thread"))?;
@@ -250,13 +236,13 @@ impl Machine {
         std::mem::forget(self);
         Ok(reason)
     }
+}
 
-    fn restore_device(&self, index: usize, state: &TransportState) -> Result<(), MachineError> {
-        let refuse = |message| SnapshotError::Device { index, message };
-        let mut transport =
-            self.bus.virtio(index).ok_or_else(|| refuse("this machine has no such device".to_owned()))?;
-        Ok(transport.restore(state).map_err(|error| refuse(error.to_string()))?)
-    }
+fn restore_device(bus: &Bus, index: usize, state: &TransportState) -> Result<(), MachineError> {
+    let refuse = |message| SnapshotError::Device { index, message };
+    let mut transport =
+        bus.virtio(index).ok_or_else(|| refuse("this machine has no such device".to_owned()))?;
+    Ok(transport.restore(state).map_err(|error| refuse(error.to_string()))?)
 }
 
 pub(crate) fn new_event() -> Result<EventFd, MachineError> {
@@ -265,24 +251,29 @@ pub(crate) fn new_event() -> Result<EventFd, MachineError> {
 
 type Devices = Vec<Box<dyn VirtioDevice>>;
 
+/// What devices are made of.
+struct Parts {
+    base: Option<File>,
+    disk: Option<Blk>,
+    vsock: Option<Vsock>,
+}
+
 /// The devices that `config` asks for, in the order of their register pages, and net-demux's side of the network ring.
 fn devices(
     config: &MachineConfig,
-    base: Option<File>,
+    parts: Parts,
     vm: &mut Vm,
     console: &Console,
 ) -> Result<(Devices, Option<RingFds>), MachineError> {
     let mut devices: Devices = vec![Box::new(Rng::default())];
-    if let (Some(path), Some(file)) = (&config.base, base) {
+    if let (Some(path), Some(file)) = (&config.base, parts.base) {
         let mapping = ReadOnlyMapping::new(&file).map_err(file_error("map the base image", path))?;
         let start = layout::pmem_start(config.memory_mib);
         devices.push(Box::new(Pmem::new(start, mapping.len() as u64)));
         vm.add_read_only(start, mapping)?;
     }
-    if let Some(disk) = &config.disk {
-        let path = &disk.path;
-        let file = open_disk(path).map_err(file_error("open the disk", path))?;
-        devices.push(Box::new(Blk::new(file, disk.rate).map_err(file_error("use the disk", path))?));
+    if let Some(disk) = parts.disk {
+        devices.push(Box::new(disk));
     }
     let mut ring = None;
     if let Some(NetConfig { mac }) = config.net {
@@ -290,26 +281,14 @@ fn devices(
         devices.push(Box::new(Net::new(mac, endpoint)));
         ring = Some(fds);
     }
-    if let Some(vsock) = &config.vsock {
-        devices.push(Box::new(Vsock::new(vsock)?));
+    if let Some(vsock) = parts.vsock {
+        devices.push(Box::new(vsock));
     }
     if config.balloon {
         devices.push(Box::new(Balloon::new(config.memory_mib)));
     }
     devices.push(Box::new(VirtioConsole::new(console.clone())));
     Ok((devices, ring))
-}
-
-/// Opens a disk for one machine alone: two writers would destroy its file system.
-fn open_disk(path: &Path) -> io::Result<File> {
-    let file = OpenOptions::new().read(true).write(true).open(path)?;
-    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
-        rustix::io::Errno::WOULDBLOCK => {
-            io::Error::new(io::ErrorKind::ResourceBusy, "another machine uses it; stop that one first")
-        }
-        errno => errno.into(),
-    })?;
-    Ok(file)
 }
 
 struct Transports {

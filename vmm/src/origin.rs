@@ -1,9 +1,10 @@
-//! How a guest begins: at its kernel's entry, or where a snapshot left it. Everything is opened and read before the process is locked in.
+//! How a guest begins: at its kernel's entry, or where a snapshot left it. [`OriginFiles`] are opened outside of the jail, and become an
+//! [`Origin`], which is read, inside: a saved sliver's files were written by a process that its tenant may have taken over.
 #![forbid(unsafe_code)]
 
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use commonage_vmm_api::{MachineConfig, Start};
 use kvm_ioctls::VcpuFd;
@@ -22,68 +23,95 @@ use crate::vm::{self, Vm};
 /// from a crash; of the two kinds of reset that Linux asks the firmware for, a panic asks for the warm one (`crate::vcpu` looks).
 const COMMAND_LINE: &str = "console=ttyS0 8250.nr_uarts=1 reboot=k,cold,panic_warm panic=-1 quiet";
 
-/// Opened, but nothing was done yet.
-pub enum Origin {
+/// Opened, but not looked into.
+pub enum OriginFiles {
     /// A kernel.
-    Boot {
-        /// It.
-        kernel: Image,
-        /// Its initial RAM file system.
-        initrd: Option<Image>,
-        /// What the configuration adds to the command line.
-        cmdline: String,
-    },
-    /// A snapshot that fits the machine.
+    Boot(Kernel),
+    /// A snapshot.
     Restore {
         /// All but memory.
-        state: Box<State>,
-        /// Memory, and where it was opened.
-        memory: (File, PathBuf),
+        state: Image,
+        /// Memory.
+        memory: Image,
         /// The list of pages to copy at once.
         prefault: Option<File>,
     },
 }
 
-fn open(what: &'static str, path: &Path) -> Result<File, MachineError> {
-    File::open(path).map_err(file_error(what, path))
+/// An operating system to boot.
+pub struct Kernel {
+    /// It.
+    kernel: Image,
+    /// Its initial RAM file system.
+    initrd: Option<Image>,
+    /// What the configuration adds to the command line.
+    cmdline: String,
 }
 
-impl Origin {
-    /// Opens what `config` says its guest begins with, a machine of `shape`.
-    pub fn open(config: &MachineConfig, shape: &Shape) -> Result<Self, MachineError> {
-        match &config.start {
-            Start::Boot { kernel, initrd, cmdline } => Ok(Self::Boot {
-                kernel: Image::open(kernel).map_err(file_error("open the kernel", kernel))?,
+/// What the guest begins with.
+pub enum Origin {
+    /// A kernel.
+    Boot(Kernel),
+    /// A snapshot that fits the machine.
+    Restore {
+        /// All but memory.
+        state: Box<State>,
+        /// Memory.
+        memory: Image,
+        /// The list of pages to copy at once.
+        prefault: Option<File>,
+    },
+}
+
+fn open(what: &'static str, path: &Path) -> Result<Image, MachineError> {
+    Image::open(path).map_err(file_error(what, path))
+}
+
+impl OriginFiles {
+    /// Opens what `start` names.
+    pub fn open(start: &Start) -> Result<Self, MachineError> {
+        Ok(match start {
+            Start::Boot { kernel, initrd, cmdline } => Self::Boot(Kernel {
+                kernel: open("open the kernel", kernel)?,
                 initrd: match initrd {
-                    Some(path) => Some(Image::open(path).map_err(file_error("open the initrd", path))?),
+                    Some(path) => Some(open("open the initrd", path)?),
                     None => None,
                 },
                 cmdline: cmdline.clone(),
             }),
-            Start::Restore { state, memory, prefault } => {
-                let file = open("open the snapshot's state", state)?;
+            Start::Restore { state, memory, prefault } => Self::Restore {
+                state: open("open the snapshot's state", state)?,
+                memory: open("open the snapshot's memory", memory)?,
+                // A hint: if it cannot be opened, pages are copied one by one.
+                prefault: prefault.as_ref().and_then(|path| File::open(path).ok()),
+            },
+        })
+    }
+
+    /// Reads them: they must begin a machine of `shape`.
+    pub fn read(self, shape: &Shape) -> Result<Origin, MachineError> {
+        match self {
+            Self::Boot(kernel) => Ok(Origin::Boot(kernel)),
+            Self::Restore { state: Image { path, file }, memory, prefault } => {
                 let contents =
-                    snapshot::read_bounded(&file).map_err(file_error("read the snapshot's state", state))?;
-                let refuse = |refusal| SnapshotError::State { path: state.clone(), refusal };
-                let state = Box::new(State::decode(&contents).map_err(refuse)?);
+                    snapshot::read_bounded(&file).map_err(file_error("read the snapshot's state", &path))?;
+                let state = State::decode(&contents)
+                    .map_err(|refusal| SnapshotError::State { path, refusal })
+                    .map(Box::new)?;
                 state.shape.must_be(shape)?;
-                let file = open("open the snapshot's memory", memory)?;
-                memory::check(&file, shape.memory_mib, state.id, state.memory_checksum)
-                    .map_err(|refusal| SnapshotError::Memory { path: memory.clone(), refusal })?;
-                Ok(Self::Restore {
-                    state,
-                    memory: (file, memory.clone()),
-                    // A hint: if it cannot be opened, pages are copied one by one.
-                    prefault: prefault.as_ref().and_then(|path| File::open(path).ok()),
-                })
+                memory::check(&memory.file, shape.memory_mib, state.id, state.memory_checksum)
+                    .map_err(|refusal| SnapshotError::Memory { path: memory.path.clone(), refusal })?;
+                Ok(Origin::Restore { state, memory, prefault })
             }
         }
     }
+}
 
+impl Origin {
     /// Which snapshot it is, if it is one.
     pub fn snapshot(&self) -> Option<Id> {
         match self {
-            Self::Boot { .. } => None,
+            Self::Boot(_) => None,
             Self::Restore { state, .. } => Some(state.id),
         }
     }
@@ -91,8 +119,8 @@ impl Origin {
     /// Guest memory: empty, or the snapshot's.
     pub fn memory(&self, memory_mib: u32) -> Result<Memory, MachineError> {
         match self {
-            Self::Boot { .. } => empty_memory(memory_mib),
-            Self::Restore { memory: (file, path), .. } => file
+            Self::Boot(_) => empty_memory(memory_mib),
+            Self::Restore { memory: Image { file, path }, .. } => file
                 .try_clone()
                 .and_then(|file| memory::map(file, memory_mib))
                 .map_err(file_error("map the snapshot's memory", path)),
@@ -109,7 +137,7 @@ impl Origin {
         bus: &Bus,
     ) -> Result<(Vec<VcpuFd>, Vec<TransportState>), MachineError> {
         match self {
-            Self::Boot { mut kernel, mut initrd, cmdline } => {
+            Self::Boot(Kernel { mut kernel, mut initrd, cmdline }) => {
                 let command_line = [COMMAND_LINE, parameters, &cmdline].map(str::trim).join(" ");
                 let entry = boot::load(
                     vm.memory(),

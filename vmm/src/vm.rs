@@ -68,6 +68,17 @@ pub(crate) fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> V
     move |error| VmError::Refused { what, source: io::Error::from_raw_os_error(error.errno()) }
 }
 
+/// Opens `/dev/kvm`, and warns if it may not be able to run Linux.
+pub fn open_kvm() -> Result<Kvm, VmError> {
+    let kvm = Kvm::new().map_err(|error| VmError::NoKvm(io::Error::from_raw_os_error(error.errno())))?;
+    if !Path::new("/sys/module/kvm_amd").exists() && !Path::new("/sys/module/kvm_intel").exists() {
+        eprintln!(
+            "sliver-vmm: warning: /dev/kvm exists without kvm_amd or kvm_intel; such a KVM may not run Linux"
+        );
+    }
+    Ok(kvm)
+}
+
 /// A KVM machine and the memory its guest sees.
 pub struct Vm {
     // Dropped first: the guest must lose its view of the memory before the memory goes.
@@ -79,13 +90,7 @@ pub struct Vm {
 
 impl Vm {
     /// A machine with `memory` at its addresses, interrupt controllers and a timer, and no processor yet.
-    pub fn new(memory: Memory) -> Result<Self, VmError> {
-        let kvm = Kvm::new().map_err(|error| VmError::NoKvm(io::Error::from_raw_os_error(error.errno())))?;
-        if !Path::new("/sys/module/kvm_amd").exists() && !Path::new("/sys/module/kvm_intel").exists() {
-            eprintln!(
-                "sliver-vmm: warning: /dev/kvm exists without kvm_amd or kvm_intel; such a KVM may not run Linux"
-            );
-        }
+    pub fn new(kvm: Kvm, memory: Memory) -> Result<Self, VmError> {
         let fd = kvm.create_vm().map_err(refused("to create a machine"))?;
         fd.set_tss_address(layout::KVM_TSS).map_err(refused("the task state segment's address"))?;
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)

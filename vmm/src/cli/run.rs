@@ -135,7 +135,7 @@ fn machine(
     allocator::one_arena();
     let void = inherited::take(void)
         .map_err(|source| MachineError::Host { what: "take over inherited descriptors", source })?;
-    Machine::new(&config()?)?.run(void)
+    Machine::new(&config()?, void)?.run()
 }
 
 impl Arguments {

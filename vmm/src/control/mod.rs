@@ -132,16 +132,26 @@ pub struct Control {
     force: bool,
 }
 
+/// Listens at `path` for its owner alone, replacing a socket left there by an earlier machine.
+pub fn listen(path: &Path) -> io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
 impl Control {
-    /// Listens at `path`, replacing a socket left there by an earlier machine. `ring` is what [`Request::Ring`] hands out.
-    pub fn new(path: &Path, ring: Option<RingFds>, bus: Arc<Bus>, poller: Poller) -> io::Result<Self> {
-        match std::fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(path)?;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-        listener.set_nonblocking(true)?;
+    /// Serves who connects to `listener`, which must not block. `ring` is what [`Request::Ring`] hands out.
+    pub fn new(
+        listener: UnixListener,
+        ring: Option<RingFds>,
+        bus: Arc<Bus>,
+        poller: Poller,
+    ) -> io::Result<Self> {
         poller.add(&listener, LISTENER, Readiness::READ)?;
         Ok(Self {
             listener,

@@ -42,7 +42,8 @@ impl Rig {
         let bus = Bus::new(serial, vec![vsock]);
         let reactor = Reactor::new().unwrap();
         let path = at("control.sock");
-        let control = Control::new(&path, ring, Arc::clone(&bus), reactor.poller(0)).unwrap();
+        let control =
+            Control::new(listen(&path).unwrap(), ring, Arc::clone(&bus), reactor.poller(0)).unwrap();
         Self { control, reactor, path, bus, guest, _directory: directory }
     }
 
@@ -202,7 +203,7 @@ fn the_socket_is_for_its_owner_only_and_replaces_an_old_one() {
     let rig = Rig::new(None);
     let mode = std::fs::metadata(&rig.path).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    Control::new(&rig.path, None, Arc::clone(&rig.bus), rig.reactor.poller(1)).unwrap();
+    Control::new(listen(&rig.path).unwrap(), None, Arc::clone(&rig.bus), rig.reactor.poller(1)).unwrap();
 }
 
 #[test]

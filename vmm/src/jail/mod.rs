@@ -1,4 +1,4 @@
-//! What the process locks itself into once everything is open, before its second thread and the guest's first instruction:
+//! What the process locks itself into once everything is open, before it looks into a file, has a second thread or runs the guest:
 //!
 //! | wall | what it takes away |
 //! |---|---|
@@ -73,20 +73,13 @@ pub struct Jail {
 }
 
 impl Jail {
-    /// For the machine that `config` describes.
-    ///
-    /// # Errors
-    /// The disk cannot be looked at.
-    pub fn new(config: &MachineConfig) -> io::Result<Self> {
-        let disk = match &config.disk {
-            Some(disk) => std::fs::metadata(&disk.path)?.len(),
-            None => 0,
-        };
-        Ok(Self {
+    /// For the machine that `config` describes, with a disk of `disk` bytes.
+    pub fn new(config: &MachineConfig, disk: u64) -> Self {
+        Self {
             uid: config.jail.as_ref().map(|jail| jail.uid),
             threads: u64::from(config.vcpus),
             file_bytes: disk.max((u64::from(config.memory_mib) << 20) + SNAPSHOT_OVERHEAD),
-        })
+        }
     }
 
     /// Locks the process in, which must have one thread. In any case it can gain nothing by exec, and can neither be traced nor dump core.
