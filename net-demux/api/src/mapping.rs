@@ -19,7 +19,8 @@ pub(crate) struct Mapping {
 }
 
 impl Mapping {
-    /// Maps the first `length` bytes of `fd`, present at once: later faults could not be answered with an error.
+    /// Maps the first `length` bytes of `fd`. Pages come when they are first used, so a sliver that says little takes little; to have them all
+    /// at once would promise nothing, as the peer may punch holes into the memory.
     pub(crate) fn new(fd: BorrowedFd<'_>, length: usize) -> io::Result<Self> {
         let count = length / size_of::<AtomicU64>();
         // SAFETY: the kernel chooses the place (null hint, no MAP_FIXED), so no existing memory of ours is replaced.
@@ -28,7 +29,7 @@ impl Mapping {
                 std::ptr::null_mut(),
                 count * size_of::<AtomicU64>(),
                 ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::POPULATE,
+                MapFlags::SHARED,
                 fd,
                 0,
             )?
