@@ -148,10 +148,22 @@ impl Node {
     /// The node does not say that it did.
     pub fn kill(&self, service: &str) -> Result<()> {
         let mark = self.console.mark();
-        let mut port = UnixStream::connect(&self.faults).context("the node's second serial port")?;
-        port.write_all(format!("kill {service}\n").as_bytes())?;
+        self.order(&format!("kill {service}"))?;
         self.wait(mark, &format!("node-init: killed {service}"))?;
         self.wait(mark, &format!("node-init: started {service}")).map(drop)
+    }
+
+    /// Has the node end everything in order and start again, as by ctrl-alt-del; by the same port.
+    ///
+    /// # Errors
+    /// The machine has ended.
+    pub fn restart(&self) -> Result<()> {
+        self.order("restart")
+    }
+
+    fn order(&self, order: &str) -> Result<()> {
+        let mut port = UnixStream::connect(&self.faults).context("the node's second serial port")?;
+        port.write_all(format!("{order}\n").as_bytes()).context("the node's second serial port")
     }
 
     /// Fails when the machine no longer runs.

@@ -292,14 +292,14 @@ impl Testbed {
         Ok(local)
     }
 
-    /// Resets a node and waits until its new boot is up.
+    /// Reboots a node, by [`Node::reset`] or [`Node::restart`], and waits until its new boot is up.
     ///
     /// # Errors
     /// It does not come back; with the last console lines.
-    pub fn reboot(&self, node: usize) -> Result<()> {
+    pub fn reboot(&self, node: usize, how: impl FnOnce(&Node) -> Result<()>) -> Result<()> {
         let node = self.nodes.get(node).context("no such node")?;
         let mark = node.console.mark();
-        node.reset()?;
+        how(node)?;
         BOOT_PHASES.iter().try_for_each(|(_, line)| node.wait(mark, line).map(drop))
     }
 

@@ -1,4 +1,4 @@
-//! One node's whole life: slices come, talk, are attacked from within, survive crashes and a reboot, and go.
+//! One node's whole life: slices come, talk, are attacked from within, survive crashes, go on after a planned restart, come back after a reboot, and go.
 
 mod common;
 
@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use commonage_testbed::cli::CliError;
 use commonage_testbed::demo::{check_login, check_terminal, fetch, serve};
+use commonage_testbed::node::Node;
 use commonage_testbed::ssh::{Key, Ssh};
 use commonage_testbed::testbed::{Options, Sliver, Testbed};
 use serde_json::{Value, json};
@@ -62,9 +63,18 @@ fn life(bed: &mut Testbed) -> Result<()> {
         neighbours(&one, &two)
     })?;
 
+    step("planned restart", || {
+        let (boot, heard) = (boot_id(&one)?, Conversation::start(&one, &two)?);
+        bed.reboot(0, Node::restart)?;
+        until("SSH after the planned restart", || boot_id(&one).map(drop))?;
+        ensure!(boot_id(&one)? == boot, "the sliver was started afresh");
+        fetch(&url)?;
+        heard.goes_on(&one, &two)
+    })?;
+
     step("reboot", || {
         one.ssh.run("echo kept > /root/file && sync")?;
-        bed.reboot(0)?;
+        bed.reboot(0, Node::reset)?;
         until("SSH after the reboot", || {
             let file = one.ssh.run("cat /root/file")?;
             ensure!(file == "kept\n", "the file says {file:?}");
@@ -188,6 +198,42 @@ fn neighbours(one: &Sliver, two: &Sliver) -> Result<()> {
         ensure!(page.contains("hello from demo-"), "{url} says {page:?}");
     }
     Ok(())
+}
+
+/// Changes with each boot of a guest's kernel.
+fn boot_id(sliver: &Sliver) -> Result<String> {
+    sliver.ssh.run("cat /proc/sys/kernel/random/boot_id")
+}
+
+/// A TCP connection between two slivers, on which nothing was said yet but that it is there.
+struct Conversation;
+
+impl Conversation {
+    fn start(from: &Sliver, to: &Sliver) -> Result<Self> {
+        let port = to.first_port + 3;
+        to.ssh.run(&format!("setsid nc -l -p {port} > /run/heard 2> /run/nc.log < /dev/null & echo"))?;
+        let connect = format!("PeerAddr => \"{}\", PeerPort => {port}, Timeout => 5", to.address);
+        let talk =
+            "$|=1; $s->autoflush(1); print $s \"hello\\n\"; open(my $p, \"<\", \"/run/say\"); print $s <$p>";
+        from.ssh.run(&format!(
+            "mkfifo /run/say; setsid perl -MIO::Socket::INET -e \
+             'for (1..50) {{ $s = IO::Socket::INET->new({connect}) and last; select undef, undef, undef, .1 }} {talk}' \
+             > /run/perl.log 2>&1 < /dev/null & echo"
+        ))?;
+        until("the connection", || Self::heard(to, "hello\n"))?;
+        Ok(Self)
+    }
+
+    fn goes_on(self, from: &Sliver, to: &Sliver) -> Result<()> {
+        from.ssh.run("echo still there > /run/say")?;
+        until("the connection after all", || Self::heard(to, "hello\nstill there\n"))
+    }
+
+    fn heard(to: &Sliver, wanted: &str) -> Result<()> {
+        let heard = to.ssh.run("cat /run/heard")?;
+        ensure!(heard == wanted, "heard {heard:?}");
+        Ok(())
+    }
 }
 
 /// A packet with a source port of somebody else never leaves the node; one with an own port does.

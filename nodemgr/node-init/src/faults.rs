@@ -1,8 +1,8 @@
-//! Breaking things on purpose: tests kill services through a serial port and watch the node recover.
+//! Breaking things on purpose: tests kill services and restart the node through a serial port, and watch it recover.
 //!
 //! Off unless the kernel command line names a port (`commonage.faults=/dev/ttyS1`). That line is part of the boot
-//! script that the offline key signed, so nobody turns this on for a node whose releases don't. The one order is
-//! `kill SERVICE`; its answers are on the console.
+//! script that the offline key signed, so nobody turns this on for a node whose releases don't. The orders are
+//! `kill SERVICE`, and `restart`, which does what ctrl-alt-del does; answers are on the console.
 
 use std::{
     fs::File,
@@ -18,6 +18,15 @@ use crate::ME;
 const KEY: &str = "commonage.faults=";
 /// No order is longer.
 const LONGEST: usize = 64;
+
+/// What to do.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Kill this service.
+    Kill(String),
+    /// End everything in order, and start the machine again.
+    Restart,
+}
 
 /// The port, if there is one.
 #[derive(Default)]
@@ -42,8 +51,8 @@ impl Faults {
         self.port.as_ref().map(|p| p.as_fd())
     }
 
-    /// The services to kill that were named since the last time.
-    pub fn read(&mut self) -> Vec<String> {
+    /// What was ordered since the last time.
+    pub fn read(&mut self) -> Vec<Order> {
         let mut bytes = [0; 256];
         let mut orders = Vec::new();
         loop {
@@ -62,8 +71,8 @@ fn port_of(cmdline: &str) -> Option<&str> {
     cmdline.split_whitespace().find_map(|word| word.strip_prefix(KEY)).filter(|p| p.starts_with("/dev/tty"))
 }
 
-/// Adds bytes to an unfinished line; the services named by the lines that they finish.
-fn lines(line: &mut Vec<u8>, bytes: &[u8]) -> Vec<String> {
+/// Adds bytes to an unfinished line; the orders in the lines that they finish.
+fn lines(line: &mut Vec<u8>, bytes: &[u8]) -> Vec<Order> {
     let mut orders = Vec::new();
     for byte in bytes {
         if !matches!(byte, b'\n' | b'\r') {
@@ -74,7 +83,10 @@ fn lines(line: &mut Vec<u8>, bytes: &[u8]) -> Vec<String> {
         }
         let text = String::from_utf8_lossy(line).into_owned();
         line.clear();
-        orders.extend(text.trim().strip_prefix("kill ").map(|service| service.trim().to_owned()));
+        orders.extend(match text.trim() {
+            "restart" => Some(Order::Restart),
+            text => text.strip_prefix("kill ").map(|service| Order::Kill(service.trim().to_owned())),
+        });
     }
     orders
 }
@@ -93,8 +105,10 @@ mod tests {
     #[test]
     fn reads_orders_in_pieces() {
         let mut line = Vec::new();
-        assert_eq!(lines(&mut line, b"kill node"), [""; 0]);
-        assert_eq!(lines(&mut line, b"mgr\r\nnonsense\nkill net-demux\nk"), ["nodemgr", "net-demux"]);
+        assert_eq!(lines(&mut line, b"kill node"), []);
+        let kill = |service: &str| Order::Kill(service.to_owned());
+        let orders = [kill("nodemgr"), Order::Restart, kill("net-demux")];
+        assert_eq!(lines(&mut line, b"mgr\r\nnonsense\nrestart\nkill net-demux\nk"), orders);
         assert_eq!(line, b"k");
         lines(&mut line, &[b'x'; 1000]);
         assert_eq!(line.len(), LONGEST);

@@ -20,7 +20,7 @@ use crate::{
     ME, bring_up,
     bring_up::Devices,
     button::Buttons,
-    faults::Faults,
+    faults::{Faults, Order},
     host_network::{HOST, HostNetwork, Told},
     shut_down,
 };
@@ -104,9 +104,11 @@ impl Node {
                 say!(ME, "power button");
                 return Ok(End::PowerOff);
             }
-            for service in self.faults.read() {
-                if self.supervisor.kill(&service) {
-                    say!(ME, "killed {service}");
+            for order in self.faults.read() {
+                match order {
+                    Order::Restart => return Ok(End::Restart),
+                    Order::Kill(service) if self.supervisor.kill(&service) => say!(ME, "killed {service}"),
+                    Order::Kill(_) => {}
                 }
             }
             self.keep_services();
