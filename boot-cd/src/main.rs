@@ -19,7 +19,7 @@ mod script;
 
 use std::{thread, time::Duration};
 
-use commonage_init::{console, mounts, power, say};
+use commonage_init::{first_process, power, say};
 
 /// What every line on the console begins with.
 const ME: &str = "boot-cd";
@@ -28,15 +28,7 @@ const FIRST_PAUSE: Duration = Duration::from_secs(5);
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 
 fn main() {
-    // The console is not there before /dev is; until then lines go where the kernel opened one.
-    if let Err(e) = mounts::mount_api().and_then(|()| console::take()) {
-        say!(ME, "failed: {e}");
-    }
-    if !rustix::process::getpid().is_init() {
-        say!(ME, "not PID 1, so this is no boot: nothing done");
-        std::process::exit(2);
-    }
-    say!(ME, "commonage {} starts", env!("CARGO_PKG_VERSION"));
+    first_process::begin(ME, env!("CARGO_PKG_VERSION"));
     let mut pause = FIRST_PAUSE;
     loop {
         let mut phase = "start";

@@ -8,6 +8,7 @@ pub mod console;
 pub mod cpio;
 pub mod dhcp;
 pub mod error;
+pub mod first_process;
 pub mod interface;
 pub mod kexec;
 pub mod modules;

@@ -20,7 +20,7 @@ mod shut_down;
 
 use std::{thread, time::Duration};
 
-use commonage_init::{console, mounts, power, say, signals::Signals};
+use commonage_init::{first_process, power, say, signals::Signals};
 
 /// What every line on the console begins with.
 const ME: &str = "node-init";
@@ -29,14 +29,7 @@ const ME: &str = "node-init";
 const BEFORE_RESTART: Duration = Duration::from_secs(30);
 
 fn main() {
-    if let Err(e) = mounts::mount_api().and_then(|()| console::take()) {
-        say!(ME, "failed: {e}");
-    }
-    if !rustix::process::getpid().is_init() {
-        say!(ME, "not PID 1, so this is no boot: nothing done");
-        std::process::exit(2);
-    }
-    say!(ME, "commonage {} starts", env!("CARGO_PKG_VERSION"));
+    first_process::begin(ME, env!("CARGO_PKG_VERSION"));
     let signals = [libc::SIGCHLD, libc::SIGINT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2];
     let how = match Signals::open(&signals).and_then(node::run) {
         Ok(how) => how,
