@@ -1,4 +1,4 @@
-//! Signals as something to poll (signalfd), and the mask that children must not inherit.
+//! Signals as something to poll (signalfd), and the mask and dispositions that children must not inherit.
 
 use std::{
     io,
@@ -56,9 +56,13 @@ impl AsFd for Signals {
     }
 }
 
-/// Lets the child of this command receive all signals: masks are inherited otherwise.
-pub fn unblock_in(command: &mut Command) {
-    let unblock = || {
+/// Lets the child of this command receive all signals, and be ended by them: what is blocked or ignored is inherited otherwise.
+pub fn receive_in(command: &mut Command) {
+    let receive = || {
+        for signal in 1..=libc::SIGRTMAX() {
+            // SAFETY: gives no handler; signal is async-signal-safe. SIGKILL, SIGSTOP and the C library's own are refused, and are as they should be.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
         let none = set(&[]);
         // SAFETY: `none` is initialised; sigprocmask is async-signal-safe.
         match unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut()) } {
@@ -67,7 +71,7 @@ pub fn unblock_in(command: &mut Command) {
         }
     };
     // SAFETY: between fork and exec this only makes async-signal-safe calls and does not allocate.
-    unsafe { command.pre_exec(unblock) };
+    unsafe { command.pre_exec(receive) };
 }
 
 /// Sends a signal to every process but this one and the kernel's.
@@ -87,5 +91,23 @@ fn set(signals: &[i32]) -> libc::sigset_t {
             libc::sigaddset(set.as_mut_ptr(), *signal);
         }
         set.assume_init()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_child_is_ended_by_what_its_parent_ignores() {
+        // SAFETY: ignores a signal that nobody sends to this process.
+        unsafe { libc::signal(libc::SIGUSR1, libc::SIG_IGN) };
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "kill -USR1 $$; echo survived"]);
+        receive_in(&mut command);
+        let output = command.output().unwrap();
+        assert_eq!((output.status.signal(), output.stdout), (Some(libc::SIGUSR1), Vec::new()));
     }
 }

@@ -82,7 +82,7 @@ impl Supervisor {
     /// # Errors
     /// When its program cannot be started at all.
     pub fn start(&mut self, name: &str, mut command: Command, now: Instant) -> Result<()> {
-        signals::unblock_in(&mut command);
+        signals::receive_in(&mut command);
         let state = State::Running { pid: spawn(name, &mut command)?, since: now };
         let (name, backoff) = (name.to_owned(), Backoff::default());
         self.0.push(Service { name, command, state, backoff, wanted: true });

@@ -16,7 +16,7 @@ const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
 
 /// The command will lead a session of its own and receive all signals; with `terminal` its standard input becomes the session's controlling terminal.
 pub fn in_new_session(command: &mut Command, terminal: bool) {
-    commonage_init::signals::unblock_in(command);
+    commonage_init::signals::receive_in(command);
     let between = move || {
         rustix::process::setsid()?;
         if terminal {
