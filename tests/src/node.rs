@@ -148,22 +148,24 @@ impl Node {
     /// The node does not say that it did.
     pub fn kill(&self, service: &str) -> Result<()> {
         let mark = self.console.mark();
-        self.order(&format!("kill {service}"))?;
-        self.wait(mark, &format!("node-init: killed {service}"))?;
+        self.order(&format!("kill {service}"), &format!("node-init: killed {service}"))?;
         self.wait(mark, &format!("node-init: started {service}")).map(drop)
     }
 
     /// Has the node end everything in order and start again, as by ctrl-alt-del; by the same port.
     ///
     /// # Errors
-    /// The machine has ended.
+    /// The node does not say that it does.
     pub fn restart(&self) -> Result<()> {
-        self.order("restart")
+        self.order("restart", "node-init: restarting, as ordered")
     }
 
-    fn order(&self, order: &str) -> Result<()> {
+    /// Gives an order and waits for the answer on the console. The port stays open until then: what QEMU has not read when it closes is lost.
+    fn order(&self, order: &str, answer: &str) -> Result<()> {
+        let mark = self.console.mark();
         let mut port = UnixStream::connect(&self.faults).context("the node's second serial port")?;
-        port.write_all(format!("{order}\n").as_bytes()).context("the node's second serial port")
+        port.write_all(format!("{order}\n").as_bytes()).context("the node's second serial port")?;
+        self.wait(mark, answer).map(drop)
     }
 
     /// Fails when the machine no longer runs.

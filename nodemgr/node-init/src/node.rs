@@ -106,7 +106,10 @@ impl Node {
             }
             for order in self.faults.read() {
                 match order {
-                    Order::Restart => return Ok(End::Restart),
+                    Order::Restart => {
+                        say!(ME, "restarting, as ordered");
+                        return Ok(End::Restart);
+                    }
                     Order::Kill(service) if self.supervisor.kill(&service) => say!(ME, "killed {service}"),
                     Order::Kill(_) => {}
                 }
