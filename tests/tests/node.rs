@@ -213,8 +213,7 @@ impl Conversation {
         let port = to.first_port + 3;
         to.ssh.run(&format!("setsid nc -l -p {port} > /run/heard 2> /run/nc.log < /dev/null & echo"))?;
         let connect = format!("PeerAddr => \"{}\", PeerPort => {port}, Timeout => 5", to.address);
-        let talk =
-            "$|=1; $s->autoflush(1); print $s \"hello\\n\"; open(my $p, \"<\", \"/run/say\"); print {$s} <$p>";
+        let talk = "$|=1; $s->autoflush(1); print $s \"hello\\n\"; open(my $p, \"<\", \"/run/say\"); print {$s} <$p>";
         from.ssh.run(&format!(
             "mkfifo /run/say; setsid perl -MIO::Socket::INET -e \
              'for (1..50) {{ $s = IO::Socket::INET->new({connect}) and last; select undef, undef, undef, .1 }} {talk}' \
