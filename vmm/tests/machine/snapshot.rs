@@ -376,19 +376,6 @@ fn machines_of_two_and_eight_processors_boot_pause_and_clone() {
 
 #[test]
 #[ignore = "needs KVM, SLIVER_KERNEL and /bin/busybox"]
-fn the_smallest_machine_has_memory_to_spare() {
-    let mut machine = machine_with_all_devices();
-    machine.config.memory_mib = commonage_vmm::layout::MIN_MEMORY_MIB;
-    let mut talking = Talking::start(&machine);
-    talking.hear("READY");
-    let free: u64 =
-        talking.say("run awk '/MemAvailable/{print $2}' /proc/meminfo").parse().unwrap_or_default();
-    assert!(free > 1024, "{free} KiB");
-    talking.stop();
-}
-
-#[test]
-#[ignore = "needs KVM, SLIVER_KERNEL and /bin/busybox"]
 fn memory_beyond_the_gap_is_used_and_saved() {
     let mut template = machine_with_all_devices();
     template.config.memory_mib = 4096;
