@@ -136,6 +136,18 @@ impl Netlink {
         self.set_flags(index, LinkFlags::Up).what(|| format!("bring interface {index} up"))
     }
 
+    /// Takes an interface down: it sends and receives nothing any more.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn set_down(&mut self, index: u32) -> Result<()> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.header.change_mask = LinkFlags::Up;
+        let done = self.request(RouteNetlinkMessage::SetLink(message), NLM_F_ACK);
+        done.map(drop).what(|| format!("take interface {index} down"))
+    }
+
     /// Makes an interface take every frame.
     ///
     /// # Errors
@@ -501,6 +513,8 @@ mod tests {
             netlink.delete_rule(10).unwrap();
             netlink.delete_rule(10).unwrap();
             netlink.delete_addresses(lo).unwrap();
+            netlink.set_down(lo).unwrap();
+            assert!(netlink.links().unwrap().iter().all(|link| !link.up));
             netlink.set_mtu(lo, 1500).unwrap();
         })
         .join()

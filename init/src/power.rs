@@ -2,7 +2,10 @@
 
 use rustix::system::{RebootCommand, reboot};
 
-use crate::error::{Context as _, Result};
+use crate::{
+    error::{Context as _, Result},
+    netlink::Netlink,
+};
 
 /// How a machine ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,12 +20,14 @@ pub enum End {
     Kexec,
 }
 
-/// Writes all file systems' caches and ends. Returns only when the kernel refuses.
+/// Writes all file systems' caches, takes the network down and ends. Returns only when the kernel refuses.
 ///
 /// # Errors
 /// The kernel's reason.
 pub fn end(how: End) -> Result<()> {
     rustix::fs::sync();
+    // The end comes first: what stays up is only a risk.
+    let _ = take_network_down();
     let command = match how {
         End::Restart => RebootCommand::Restart,
         End::PowerOff => RebootCommand::PowerOff,
@@ -30,6 +35,17 @@ pub fn end(how: End) -> Result<()> {
         End::Kexec => RebootCommand::Kexec,
     };
     reboot(command).what(|| format!("end with {how:?}"))
+}
+
+/// Takes every interface down. The kernel resets virtio devices as it ends, and its virtio-net driver (6.1 and later) then loops
+/// forever over the first frame somebody still sends: a late acknowledgement is enough to hang a machine that nobody is near.
+fn take_network_down() -> Result<()> {
+    let mut netlink = Netlink::open()?;
+    let mut done = Ok(());
+    for link in netlink.links()?.iter().filter(|link| link.up) {
+        done = done.and(netlink.set_down(link.index));
+    }
+    done
 }
 
 /// From now on ctrl-alt-del sends SIGINT to PID 1.
