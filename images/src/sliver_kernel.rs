@@ -18,6 +18,7 @@ const FRAGMENT: &str =
 const PATCHES: &[(&str, &str)] = &[
     ("deferrable-housekeeping", include_str!("../kernel/patches/deferrable-housekeeping.patch")),
     ("no-fair-server", include_str!("../kernel/patches/no-fair-server.patch")),
+    ("small-machines", include_str!("../kernel/patches/small-machines.patch")),
 ];
 const SOURCE: &str = "/usr/src/linux-source-6.12.tar.xz";
 
