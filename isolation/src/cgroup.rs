@@ -116,13 +116,9 @@ impl Cgroup {
         self.set("pids.max", &rspec.limits.pids.to_string())
     }
 
-    /// `cgroup.procs`, open for writing: a process that writes `0` to it joins.
-    ///
-    /// # Errors
-    /// The group does not exist.
-    pub fn procs(&self) -> Result<File, CgroupError> {
-        let path = self.path.join("cgroup.procs");
-        File::options().write(true).open(&path).map_err(|source| CgroupError { what: "open", path, source })
+    /// `cgroup.procs`: a process that writes `0` to it joins.
+    pub fn procs(&self) -> PathBuf {
+        self.path.join("cgroup.procs")
     }
 
     /// Whether a process is in it. A group that does not exist is empty.

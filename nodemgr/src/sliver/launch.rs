@@ -53,14 +53,14 @@ impl Launch {
         let procs = match &self.group {
             Some((group, rspec)) => {
                 group.create(rspec)?;
-                Some(group.procs()?)
+                Some(group.procs())
             }
             None => None,
         };
         let doorstep = Doorstep::watch(&paths.dir).map_err(Error::io("watch", &paths.dir))?;
         let log = paths.vmm_log();
         let log = File::create(&log).map_err(Error::io("make", &log))?;
-        let child = spawn::spawn(&self.program, &paths.machine(), procs, log);
+        let child = spawn::spawn(&self.program, &paths.machine(), procs.as_deref(), log);
         Ok((child.map_err(Error::io("run", &self.program))?, doorstep))
     }
 }

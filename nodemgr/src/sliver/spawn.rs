@@ -1,6 +1,7 @@
-//! Spawning `sliver-vmm` so that it outlives the node manager: in a session of its own, the first process of a pid namespace of its own and, from
-//! before its first instruction, in its control group. It inherits the [void](commonage_isolation::void) that its jail is made in. The
-//! only unsafe code of the node manager.
+//! Spawning `sliver-vmm` so that it outlives the node manager, the first process of a pid namespace of its own. It is told where the
+//! [void](commonage_isolation::void) is that its jail is made in and which control group to join, and does so before anything else; between fork
+//! and exec nothing runs, so nothing of the node manager is copied for a process that is about to be another one. The only unsafe code of the
+//! node manager.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -11,7 +12,6 @@ use std::process::Stdio;
 use std::sync::OnceLock;
 
 use commonage_isolation::void::Void;
-use rustix::io::FdFlags;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use tokio::process::{Child, Command};
 use tokio::runtime::Handle;
@@ -19,31 +19,17 @@ use tokio::runtime::Handle;
 /// The void of this node manager's machines, made at the first one's start. It holds nothing and nobody can change it, so all share it.
 static VOID: OnceLock<Void> = OnceLock::new();
 
-/// Spawns `program run --config config`. It joins the control group whose `cgroup.procs` is `procs`; what it says goes to `log`. Must be
+/// Spawns `program run --config config`. It joins the control group whose `cgroup.procs` is `group`; what it says goes to `log`. Must be
 /// called in a tokio runtime.
-pub fn spawn(program: &Path, config: &Path, procs: Option<File>, log: File) -> io::Result<Child> {
-    let void = void()?;
-    let [mounts, network] = void.parts();
+pub fn spawn(program: &Path, config: &Path, group: Option<&Path>, log: File) -> io::Result<Child> {
+    let [mounts, network] = void()?.parts().map(|namespace| namespace.as_raw_fd());
+    let mine = format!("/proc/{}/fd", std::process::id());
     let mut command = Command::new(program);
     command.arg("run").arg("--config").arg(config);
-    command.arg("--void").arg(format!("{},{}", mounts.as_raw_fd(), network.as_raw_fd()));
-    command.env_clear().current_dir("/").stdin(Stdio::null());
+    command.arg("--void").arg(format!("{mine}/{mounts},{mine}/{network}"));
+    command.args(group.into_iter().flat_map(|group| ["--group".as_ref(), group.as_os_str()]));
+    command.env_clear().stdin(Stdio::null());
     command.stdout(log.try_clone()?).stderr(log).kill_on_drop(false);
-    let before_exec = move || {
-        rustix::process::setsid()?;
-        if let Some(procs) = &procs {
-            // "0" is the process that writes.
-            rustix::io::write(procs, b"0")?;
-        }
-        // The child's own table of descriptors: they go on closing in every other child of the node manager.
-        for descriptor in void.parts() {
-            rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
-        }
-        Ok(())
-    };
-    // SAFETY: between fork and exec only async-signal-safe calls are made: setsid, write and fcntl, on descriptors that are open; an
-    // error is returned as a number, nothing allocates and no lock is taken.
-    unsafe { command.pre_exec(before_exec) };
     first_of_its_namespace(&mut command)
 }
 
@@ -80,24 +66,30 @@ mod tests {
 
     #[tokio::test]
     #[ignore = "needs root"]
-    async fn it_is_process_1_of_its_namespace_and_inherits_the_void() {
+    async fn it_is_process_1_of_its_namespace_and_is_told_its_place() {
         let directory = tempfile::tempdir().unwrap();
         let program = directory.path().join("program");
-        let said = "echo $$ $*; ls -l /proc/self/fd; set; exit 7";
-        std::fs::write(&program, format!("#!/bin/sh\n{said}\n")).unwrap();
+        std::fs::write(&program, "#!/bin/sh\necho $$ $*; ls /proc/self/fd | wc -l; set; exit 7\n").unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
         for _ in 0..2 {
             let mut log = tempfile::tempfile().unwrap();
-            let mut child =
-                spawn(&program, Path::new("/machine.json"), None, log.try_clone().unwrap()).unwrap();
+            let (config, group) = (Path::new("/machine.json"), Path::new("/group/cgroup.procs"));
+            let mut child = spawn(&program, config, Some(group), log.try_clone().unwrap()).unwrap();
             assert_eq!(child.wait().await.unwrap().code(), Some(7));
             let mut text = String::new();
             log.rewind().unwrap();
             log.read_to_string(&mut text).unwrap();
-            assert!(text.starts_with("1 run --config /machine.json --void "), "{text}");
-            let inherited: Vec<_> = text.lines().filter_map(|line| line.split_once(" -> ")).collect();
-            let namespaces = |kind: &str| inherited.iter().filter(|(_, to)| to.starts_with(kind)).count();
-            assert_eq!((namespaces("mnt:["), namespaces("net:[")), (1, 1), "{text}");
+            let void = text.strip_prefix("1 run --config /machine.json --void ");
+            let (void, rest) =
+                void.and_then(|rest| rest.split_once(" --group /group/cgroup.procs\n")).unwrap();
+            let (mounts, network) = void.split_once(',').unwrap();
+            for (file, kind) in [(mounts, "mnt:["), (network, "net:[")] {
+                let link = std::fs::read_link(file).unwrap();
+                assert!(link.to_str().unwrap().starts_with(kind), "{file} is {}", link.display());
+                File::open(file).unwrap();
+            }
+            // Standard input, output, error, and the directory that ls reads.
+            assert!(rest.starts_with("4\n"), "it inherited something: {text}");
             assert!(!text.contains("HOME="), "{text}");
         }
         // The node manager itself, and its other children, stay where they were.

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
-use commonage_vmm::jail::{allocator, inherited};
+use commonage_vmm::jail::allocator;
+use commonage_vmm::jail::birth::{self, Place, VoidFiles};
 use commonage_vmm::machine::{Machine, MachineError};
 use commonage_vmm_api::{
     DiskConfig, ExitReason, JailConfig, MachineConfig, NetConfig, RateLimit, Start, VsockConfig,
@@ -79,21 +80,24 @@ pub struct Arguments {
     /// User and group id to become, in a jail, before the guest runs
     #[arg(long, value_name = "UID")]
     uid: Option<u32>,
-    /// Inherited descriptors of an empty mount and an empty network namespace to make the jail in; it makes its own without
+    /// Files of an empty mount and an empty network namespace to make the jail in; it makes its own without
     #[arg(long, value_name = "MOUNT,NETWORK")]
-    void: Option<inherited::Numbers>,
+    void: Option<VoidFiles>,
+    /// The file cgroup.procs of a control group to join
+    #[arg(long, value_name = "FILE", requires = "void")]
+    group: Option<PathBuf>,
 }
 
 /// Runs the machine, and ends the process.
 pub fn run(arguments: Arguments) -> ExitCode {
-    let void = arguments.void;
-    end(machine(void, || arguments.config()))
+    let place = arguments.void.clone().map(|void| Place { void, group: arguments.group.clone() });
+    end(machine(place.as_ref(), || arguments.config()))
 }
 
-/// What a node manager types, in these words and this order: `run --config FILE [--void MOUNT,NETWORK]`.
+/// What a node manager types, in these words and this order: `run --config FILE [--void MOUNT,NETWORK [--group FILE]]`.
 pub struct Plain {
     config: PathBuf,
-    void: Option<inherited::Numbers>,
+    place: Option<Place>,
 }
 
 impl Plain {
@@ -104,17 +108,24 @@ impl Plain {
         next_is("run")?;
         next_is("--config")?;
         let config = words.next()?.into();
-        let void = match words.next() {
-            None => None,
-            Some(word) if word == "--void" => Some(words.next()?.to_str()?.parse().ok()?),
-            Some(_) => return None,
+        let mut value_of = |flag: &str| match words.next() {
+            None => Some(None),
+            Some(word) if word == flag => Some(Some(words.next()?)),
+            Some(_) => None,
         };
-        words.next().is_none().then_some(Self { config, void })
+        let place = match value_of("--void")? {
+            None => None,
+            Some(void) => {
+                let void = void.to_str()?.parse().ok()?;
+                Some(Place { void, group: value_of("--group")?.map(PathBuf::from) })
+            }
+        };
+        words.next().is_none().then_some(Self { config, place })
     }
 
     /// Runs the machine, and ends the process.
     pub fn run(self) -> ExitCode {
-        end(machine(self.void, || read_config(&self.config)))
+        end(machine(self.place.as_ref(), || read_config(&self.config)))
     }
 }
 
@@ -129,12 +140,12 @@ fn end(result: Result<ExitReason, MachineError>) -> ExitCode {
 }
 
 fn machine(
-    void: Option<inherited::Numbers>,
+    place: Option<&Place>,
     config: impl FnOnce() -> Result<MachineConfig, MachineError>,
 ) -> Result<ExitReason, MachineError> {
     allocator::one_arena();
-    let void = inherited::take(void)
-        .map_err(|source| MachineError::Host { what: "take over inherited descriptors", source })?;
+    let void = birth::settle(place)
+        .map_err(|source| MachineError::Host { what: "take the place it was given", source })?;
     Machine::new(&config()?, void)?.run()
 }
 
@@ -250,17 +261,24 @@ mod tests {
     fn a_node_managers_words_are_recognised_and_no_others() {
         let recognise = |line: &str| Plain::recognise(line.split_whitespace().map(OsString::from));
         let plain = recognise("run --config machine.json").unwrap();
-        assert_eq!((plain.config, plain.void), ("machine.json".into(), None));
-        assert_eq!(recognise("run --config m --void 3,4").unwrap().void, Some("3,4".parse().unwrap()));
+        assert_eq!((plain.config, plain.place), ("machine.json".into(), None));
+        let place = |group: Option<&str>| {
+            Some(Place { void: "m,n".parse().unwrap(), group: group.map(PathBuf::from) })
+        };
+        assert_eq!(recognise("run --config m --void m,n").unwrap().place, place(None));
+        assert_eq!(recognise("run --config m --void m,n --group g").unwrap().place, place(Some("g")));
         for line in [
             "",
             "run",
             "run --config",
             "run --config m --void",
-            "run --config m --void 3",
-            "run --config m --void 3,4 --uid 5",
+            "run --config m --void m",
+            "run --config m --void m,n --uid 5",
+            "run --config m --void m,n --group",
+            "run --config m --void m,n --group g --uid 5",
+            "run --config m --group g",
             "run --config m --uid 5",
-            "run --void 3,4 --config m",
+            "run --void m,n --config m",
             "ctl --config m",
         ] {
             assert!(recognise(line).is_none(), "{line:?}");

@@ -1,46 +1,70 @@
-//! Descriptors that the process was born with: standard input, output and error stay, and the [void](commonage_isolation::void)'s two if
-//! it was told of them; all others are closed, whatever the parent forgot.
+//! What the process does before anything else. It closes what it was born with, standard input, output and error aside, whatever the parent
+//! forgot; and takes the place that a node manager has for it: a session of its own, a control group, the [void](commonage_isolation::void).
+//!
+//! The node manager could see to that between fork and exec, if it forked: a process that looks after a thousand slivers takes long to copy. So
+//! it spawns, which runs nothing of its own in the child.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use commonage_isolation::void::Void;
 
-/// Numbers of the two inherited descriptors of a void, `MOUNT,NETWORK`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Numbers {
-    mounts: RawFd,
-    network: RawFd,
+/// Where a void's two namespaces can be opened: `MOUNT,NETWORK`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VoidFiles {
+    mounts: PathBuf,
+    network: PathBuf,
 }
 
-impl FromStr for Numbers {
+impl FromStr for VoidFiles {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let numbers = text.split_once(',').and_then(|(mounts, network)| {
-            Some(Self { mounts: mounts.parse().ok()?, network: network.parse().ok()? })
-        });
-        numbers
-            .filter(|n| n.mounts > 2 && n.network > 2 && n.mounts != n.network)
-            .ok_or_else(|| "give two different descriptors above 2, as in 3,4".to_owned())
+        let files =
+            text.split_once(',').filter(|(mounts, network)| !mounts.is_empty() && !network.is_empty());
+        let (mounts, network) = files.ok_or("give two files, as in /proc/7/ns/mnt,/proc/7/ns/net")?;
+        Ok(Self { mounts: mounts.into(), network: network.into() })
     }
 }
 
-/// Closes what was inherited, but for the void's descriptors, if there are any: those are taken.
+/// The place a node manager has for a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The void that its jail is made in.
+    pub void: VoidFiles,
+    /// `cgroup.procs` of its control group; it stays in its parent's without.
+    pub group: Option<PathBuf>,
+}
+
+/// Closes what was inherited and takes `place`, if there is one.
 ///
 /// # Errors
-/// The void's descriptors were not inherited, or there is no `/proc`.
-pub fn take(void: Option<Numbers>) -> io::Result<Option<Void>> {
-    let kept = void.map(|Numbers { mounts, network }| [mounts, network]);
+/// A file of the place cannot be opened, or there is no `/proc`.
+pub fn settle(place: Option<&Place>) -> io::Result<Option<Void>> {
     for number in inherited()? {
-        if kept.is_none_or(|kept| !kept.contains(&number)) {
-            // Owned, and so closed.
-            own(number)?;
-        }
+        // Owned, and so closed.
+        own(number)?;
     }
-    let Some([mounts, network]) = kept else { return Ok(None) };
-    Ok(Some(Void::from_parts(own(mounts)?, own(network)?)))
+    let Some(Place { void, group }) = place else { return Ok(None) };
+    match rustix::process::setsid() {
+        // It leads a group already, so a person's shell started it; it ends with the terminal.
+        Ok(_) | Err(rustix::io::Errno::PERM) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    if let Some(group) = group {
+        // "0" is the process that writes.
+        let join = |path| File::options().write(true).open(path)?.write_all(b"0");
+        join(group).map_err(with(group))?;
+    }
+    let open = |path: &Path| File::open(path).map(OwnedFd::from).map_err(with(path));
+    Ok(Some(Void::from_parts(open(&void.mounts)?, open(&void.network)?)))
+}
+
+fn with(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
 /// The descriptors that survived an exec, standard ones aside.
@@ -81,10 +105,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_two_different_ones_above_standard_error() {
-        assert_eq!("7,4".parse(), Ok(Numbers { mounts: 7, network: 4 }));
-        for bad in ["", "3", "3,", "3,3", "2,3", "3,4,5", "-1,4", "a,b"] {
-            assert!(bad.parse::<Numbers>().is_err(), "{bad:?}");
+    fn a_voids_files_are_two() {
+        let files = VoidFiles { mounts: "/m".into(), network: "n".into() };
+        assert_eq!("/m,n".parse(), Ok(files));
+        for bad in ["", "/m", "/m,", ",n"] {
+            assert!(bad.parse::<VoidFiles>().is_err(), "{bad:?}");
         }
     }
 

@@ -14,7 +14,7 @@
 //! are [`seccomp`](crate::seccomp)'s matter. Where namespaces are shared, and why: `docs/decisions/`.
 
 pub mod allocator;
-pub mod inherited;
+pub mod birth;
 
 use std::fs::File;
 use std::io::{self, Write as _};

@@ -18,7 +18,8 @@ use std::path::Path;
 
 use attempts::{ATTEMPTS, World};
 use commonage_isolation::void::Void;
-use commonage_vmm::jail::{Jail, inherited};
+use commonage_vmm::jail::Jail;
+use commonage_vmm::jail::birth::{self, Place};
 use commonage_vmm::seccomp::Filter;
 use prisoner::{Fate, Prisoner, Walls, attempt, neighbour};
 use tempfile::TempDir;
@@ -272,24 +273,21 @@ fn where_pages_are_in_the_hosts_memory_is_not_told() {
 }
 
 #[test]
-fn what_was_inherited_is_closed_but_for_the_void() {
+fn what_was_inherited_is_closed_and_what_is_its_own_is_taken() {
     let fate = Prisoner::born(false, || {
         // As descriptors are after an exec: open, and nobody's.
-        let inherit = |file: &str| -> Result<i32, i32> {
-            let file = std::fs::OpenOptions::new().read(true).open(file).map_err(|_| libc::EIO)?;
-            // SAFETY: duplicates a descriptor that is open.
-            Ok(unsafe { libc::dup(std::os::fd::AsRawFd::as_raw_fd(&file)) })
-        };
-        let (secret, mounts, network) =
-            (inherit("/proc/self/status")?, inherit("/proc/self/ns/mnt")?, inherit("/proc/self/ns/net")?);
-        let mine = File::open("/proc/self/status").map_err(|_| libc::EIO)?;
-        let numbers = format!("{mounts},{network}").parse().map_err(|_| libc::EINVAL)?;
-        let void = inherited::take(Some(numbers)).map_err(|_| libc::EIO)?;
+        let secret = File::open("/proc/self/status").map_err(|_| libc::EIO)?;
+        // SAFETY: duplicates a descriptor that is open.
+        let inherited = unsafe { libc::dup(std::os::fd::AsRawFd::as_raw_fd(&secret)) };
+        let group = tempfile::NamedTempFile::new().map_err(|_| libc::EIO)?;
+        let void = "/proc/self/ns/mnt,/proc/self/ns/net".parse().map_err(|_| libc::EINVAL)?;
+        let place = Place { void, group: Some(group.path().to_owned()) };
+        let void = birth::settle(Some(&place)).map_err(|_| libc::EIO)?;
         // SAFETY: asks only.
-        let open = |number| unsafe { libc::fcntl(number, libc::F_GETFD) } != -1;
-        let right = !open(secret) && open(mounts) && open(network) && mine.metadata().is_ok();
-        drop(void);
-        if right && !open(mounts) && !open(network) { Ok(()) } else { Err(libc::EBADF) }
+        let open = unsafe { libc::fcntl(inherited, libc::F_GETFD) } != -1;
+        let joined = std::fs::read(group.path()).is_ok_and(|said| said == b"0");
+        let leads = rustix::process::getsid(None) == Ok(rustix::process::getpid());
+        if !open && joined && leads && void.is_some() { Ok(()) } else { Err(libc::EBADF) }
     });
     assert_eq!(fate.fate(), Fate::Free);
 }
