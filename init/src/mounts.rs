@@ -43,17 +43,19 @@ pub fn mount_api() -> Result<()> {
     mount("devtmpfs", "/dev", "devtmpfs", device, "mode=0755")?;
     mount("devpts", "/dev/pts", "devpts", device, "gid=5,mode=620,ptmxmode=666")?;
     mount("tmpfs", "/dev/shm", "tmpfs", quiet, "mode=1777")?;
-    mount("tmpfs", "/run", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, "mode=0755")?;
+    // Huge pages for files that fill them: the memory of templates, whose clones then map 2 MiB of a guest's kernel at a time.
+    mount("tmpfs", "/run", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, "mode=0755,huge=within_size")?;
     mount("tmpfs", "/tmp", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, "mode=1777")
 }
 
-/// Mounts the cgroup hierarchy (version 2) at `/sys/fs/cgroup`.
+/// Mounts the cgroup hierarchy (version 2) at `/sys/fs/cgroup`. `favordynmods`: a process that joins a group need not wait for all processors to
+/// have been idle once, which was a tenth of the time to make a clone; forks and exits, of which a node has few, pay for it.
 ///
 /// # Errors
 /// When the kernel refuses.
 pub fn mount_cgroup2() -> Result<()> {
     let quiet = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    mount("cgroup2", "/sys/fs/cgroup", "cgroup2", quiet, "nsdelegate,memory_recursiveprot")
+    mount("cgroup2", "/sys/fs/cgroup", "cgroup2", quiet, "nsdelegate,memory_recursiveprot,favordynmods")
 }
 
 /// Unmounts; what is not mounted is a success.

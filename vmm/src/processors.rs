@@ -34,6 +34,9 @@ use crate::vcpu_state::{self, VcpuState};
 use crate::virtio::Memory;
 use crate::vm::{VmError, refused};
 
+/// Stack of a processor's thread, bytes. Far more than it needs, and too little for the host to back with a huge page that is the machine's alone.
+const STACK: usize = 512 << 10;
+
 /// How long a signalled thread may take to park before it is signalled again. Only one that was signalled just before it entered the guest
 /// needs that.
 const SIGNAL_AGAIN: Duration = Duration::from_millis(1);
@@ -177,7 +180,7 @@ impl Processors {
                 exit: Arc::clone(exit),
             };
             let (processor, filter) = (Arc::clone(processor), filter.clone());
-            let thread = std::thread::Builder::new().name(format!("vcpu{}", processor.id));
+            let thread = std::thread::Builder::new().name(format!("vcpu{}", processor.id)).stack_size(STACK);
             self.threads.push(thread.spawn(move || processor.run(&shared, filter))?);
         }
         Ok(())
