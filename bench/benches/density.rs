@@ -23,7 +23,7 @@ struct Options {
     /// How many slivers live together [default: 200; with --quick 40]
     #[arg(long)]
     slivers: Option<u32>,
-    /// How long they idle, seconds [default: 60; with --quick 10]
+    /// How long they idle, seconds [default: 60; with --quick 30]
     #[arg(long)]
     idle: Option<u64>,
     /// Memory of an emulated node, MiB [default: 1,024 and 5 for each sliver]
@@ -59,7 +59,7 @@ fn main() -> Result<()> {
     let mut arguments: Vec<String> = vec!["density".to_owned()];
     for (flag, value) in [
         ("--slivers", u64::from(slivers)),
-        ("--idle", options.idle.unwrap_or(pick(60, 10))),
+        ("--idle", options.idle.unwrap_or(pick(60, 30))),
         ("--turns", pick(8, 4)),
         ("--boots", boots),
         ("--peers", pick(6, 3)),
@@ -72,7 +72,7 @@ fn main() -> Result<()> {
 
     let programs =
         Programs { node: env!("CARGO_BIN_EXE_bench-node"), guest: env!("CARGO_BIN_EXE_bench-guest") };
-    let place = Place::prepare(options.common.on, programs)?;
+    let place = Place::prepare(options.common.on, programs)?.counting_instructions();
     eprintln!("{slivers} slivers {}", place.describe());
     // An emulated node takes a second or two for a sliver when others want its processor.
     let patience = Duration::from_secs(900 + 6 * u64::from(slivers));

@@ -42,6 +42,7 @@ pub struct Programs {
 #[derive(Debug)]
 pub struct Place {
     emulated: bool,
+    counts: bool,
     images: Images,
     node: PathBuf,
     /// What is made for this run only.
@@ -71,10 +72,16 @@ impl Place {
             On::Auto => !(hardware && rustix::process::geteuid().is_root()),
         };
         let made = tempfile::Builder::new().prefix("commonage-bench-").tempdir()?;
-        let place = Self { emulated, images, node: programs.node.into(), made };
+        let place = Self { emulated, counts: false, images, node: programs.node.into(), made };
         place.make_initrd(Path::new(programs.guest))?;
         place.make_base(Path::new(programs.guest))?;
         Ok(place)
+    }
+
+    /// Time in an emulated node is told in instructions. For what waits for a disk it would be wrong.
+    #[allow(dead_code, reason = "each bench and test has its own copy of this module")]
+    pub fn counting_instructions(self) -> Self {
+        Self { counts: true, ..self }
     }
 
     /// What to tell whoever reads the figures.
@@ -82,8 +89,9 @@ impl Place {
     pub fn describe(&self) -> String {
         let processors = std::thread::available_parallelism().map_or(0, usize::from);
         if self.emulated {
+            let counted = if self.counts { ", time counted in instructions" } else { "" };
             format!(
-                "in a node emulated by QEMU (TCG, one processor) on a machine of {processors} processors: \
+                "in a node emulated by QEMU (TCG, one processor{counted}) on a machine of {processors} processors: \
                  sizes are as on hardware, of times only ratios mean anything"
             )
         } else {
@@ -135,7 +143,9 @@ impl Place {
         let files: Vec<(&str, &Path)> =
             files.iter().map(|(to, from)| (to.as_str(), from.as_path())).collect();
         let (vmm, demux) = (self.images.binary("sliver-vmm"), self.images.binary("net-demux"));
-        let mut machine = Machine::new(&self.images)
+        let machine = Machine::new(&self.images);
+        let machine = if self.counts { machine.counting_instructions() } else { machine };
+        let mut machine = machine
             .memory_mib(memory_mib)
             .disk(DISK_MIB, &files)
             .network()
