@@ -277,8 +277,8 @@ fn what_was_inherited_is_closed_and_what_is_its_own_is_taken() {
     let fate = Prisoner::born(false, || {
         // As descriptors are after an exec: open, and nobody's.
         let secret = File::open("/proc/self/status").map_err(|_| libc::EIO)?;
-        // SAFETY: duplicates a descriptor that is open.
-        let inherited = unsafe { libc::dup(std::os::fd::AsRawFd::as_raw_fd(&secret)) };
+        // SAFETY: duplicates a descriptor that is open, at a number that nothing else gets.
+        let inherited = unsafe { libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&secret), libc::F_DUPFD, 500) };
         let group = tempfile::NamedTempFile::new().map_err(|_| libc::EIO)?;
         let void = "/proc/self/ns/mnt,/proc/self/ns/net".parse().map_err(|_| libc::EINVAL)?;
         let place = Place { void, group: Some(group.path().to_owned()) };
