@@ -23,7 +23,7 @@ struct Options {
     /// How many slivers live together [default: 200; with --quick 40]
     #[arg(long)]
     slivers: Option<u32>,
-    /// How long they idle, seconds [default: 60; with --quick 30]
+    /// How long they idle, seconds [default: 60; with --quick 10]
     #[arg(long)]
     idle: Option<u64>,
     /// Memory of an emulated node, MiB [default: 1,024 and 5 for each sliver]
@@ -59,7 +59,7 @@ fn main() -> Result<()> {
     let mut arguments: Vec<String> = vec!["density".to_owned()];
     for (flag, value) in [
         ("--slivers", u64::from(slivers)),
-        ("--idle", options.idle.unwrap_or(pick(60, 30))),
+        ("--idle", options.idle.unwrap_or(pick(60, 10))),
         ("--turns", pick(8, 4)),
         ("--boots", boots),
         ("--peers", pick(6, 3)),

@@ -43,8 +43,7 @@ pub fn mount_api() -> Result<()> {
     mount("devtmpfs", "/dev", "devtmpfs", device, "mode=0755")?;
     mount("devpts", "/dev/pts", "devpts", device, "gid=5,mode=620,ptmxmode=666")?;
     mount("tmpfs", "/dev/shm", "tmpfs", quiet, "mode=1777")?;
-    // Huge pages for files that fill them: the memory of templates, whose clones then map 2 MiB of a guest's kernel at a time.
-    mount("tmpfs", "/run", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, "mode=0755,huge=within_size")?;
+    mount("tmpfs", "/run", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, "mode=0755")?;
     mount("tmpfs", "/tmp", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, "mode=1777")
 }
 

@@ -26,7 +26,7 @@ mount -t sysfs none /sys
 mount -t devtmpfs none /dev
 mkdir -p /dev/pts
 mount -t devpts none /dev/pts
-mount -t tmpfs -o huge=within_size none /run
+mount -t tmpfs none /run
 mount -t tmpfs none /tmp
 mount -t cgroup2 -o favordynmods none /sys/fs/cgroup
 for module in virtio_pci virtio_blk virtio_net crc32c ext4 tun; do modprobe $module 2>/dev/null; done
