@@ -52,7 +52,14 @@ impl<'m> Talking<'m> {
             let mut line = Vec::new();
             let count = self.console.read_until(b'\n', &mut line).unwrap();
             let line = String::from_utf8_lossy(&line).into_owned();
-            assert!(count > 0, "the machine ended before it said {what:?}: {}", self.machine.console());
+            if count == 0 {
+                let mut last_words = String::new();
+                self.child.stderr.take().unwrap().read_to_string(&mut last_words).unwrap();
+                panic!(
+                    "the machine ended before it said {what:?}: {last_words}; its console: {}",
+                    self.machine.console()
+                );
+            }
             if line.contains(what) {
                 return line;
             }
@@ -372,6 +379,19 @@ fn machines_of_two_and_eight_processors_boot_pause_and_clone() {
         assert_eq!(talking.say("run grep -c ^cpu[0-9] /proc/stat"), vcpus.to_string());
         talking.stop();
     }
+}
+
+#[test]
+#[ignore = "needs KVM, SLIVER_KERNEL and /bin/busybox"]
+fn the_smallest_machine_has_memory_to_spare() {
+    let mut machine = machine_with_all_devices();
+    machine.config.memory_mib = commonage_vmm::layout::MIN_MEMORY_MIB;
+    let mut talking = Talking::start(&machine);
+    talking.hear("READY");
+    let free: u64 =
+        talking.say("run awk '/MemAvailable/{print $2}' /proc/meminfo").parse().unwrap_or_default();
+    assert!(free > 1024, "{free} KiB");
+    talking.stop();
 }
 
 #[test]

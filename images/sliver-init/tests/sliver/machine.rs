@@ -94,7 +94,8 @@ impl Host {
         }
         let config = MachineConfig {
             start: start(directory.path()),
-            memory_mib: 64,
+            // The least that there is.
+            memory_mib: 32,
             vcpus: 1,
             base: Some(given("SLIVER_BASE")),
             disk: Some(DiskConfig { path: path("disk"), rate: None }),
