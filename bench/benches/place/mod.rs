@@ -78,10 +78,10 @@ impl Place {
         Ok(place)
     }
 
-    /// Time in an emulated node is told in instructions. For what waits for a disk it would be wrong.
+    /// Whether an emulated node's clocks count instructions from now on. For what waits for a disk that would be wrong.
     #[allow(dead_code, reason = "each bench and test has its own copy of this module")]
-    pub fn counting_instructions(self) -> Self {
-        Self { counts: true, ..self }
+    pub fn count_instructions(&mut self, counts: bool) {
+        self.counts = counts;
     }
 
     /// What to tell whoever reads the figures.
@@ -89,9 +89,8 @@ impl Place {
     pub fn describe(&self) -> String {
         let processors = std::thread::available_parallelism().map_or(0, usize::from);
         if self.emulated {
-            let counted = if self.counts { ", time counted in instructions" } else { "" };
             format!(
-                "in a node emulated by QEMU (TCG, one processor{counted}) on a machine of {processors} processors: \
+                "in a node emulated by QEMU (TCG, one processor) on a machine of {processors} processors: \
                  sizes are as on hardware, of times only ratios mean anything"
             )
         } else {
