@@ -45,11 +45,12 @@ use crate::uring::{DEPTH, Ended, Job, Ring};
 /// Size of a sector, bytes.
 pub const SECTOR: u64 = 512;
 const QUEUE: usize = 0;
-const QUEUE_SIZE: u16 = DEPTH as u16;
+/// Descriptors: a read of 1 MiB into pages that lie anywhere is two requests, not three.
+const QUEUE_SIZE: u16 = 256;
 /// Data segments per request: the queue less header and status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Bytes per segment.
-const SIZE_MAX: u32 = 256 << 10;
+const SIZE_MAX: u32 = 128 << 10;
 /// Bytes per read or write that keeps to the limits announced.
 const MAX_REQUEST: u64 = SEG_MAX as u64 * SIZE_MAX as u64;
 /// Bytes under way that keep further requests waiting: what a reset or a pause has to wait for, less one request.
